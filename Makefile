@@ -1,0 +1,80 @@
+# Everything is one word: `make` lists them. Nothing is needed beforehand but Python 3.11 or newer and make.
+
+PYTHON   ?= python3.11 python3.12 python3.13 python3.14 python3 # the first that is new enough and has venv is taken
+PROFILE  ?= # miniature (settings.ini's default), evening, paper, smoke
+DATASETS ?=
+ARCHS    ?=
+IMAGES   ?=
+SEEDS    ?=
+SHOTS    ?=
+SET      ?= # any other settings, as in SET="lr=0.01 guidance=5"
+ARGS     ?= # more for pytest, as in ARGS="-k digits"
+
+STAMP   := .venv/.complete
+RUN     := PATH="$(CURDIR)/.venv/bin:$$PATH"
+NARROW  := $(strip $(if $(strip $(DATASETS)),datasets="$(strip $(DATASETS))") $(if $(strip $(ARCHS)),archs="$(strip $(ARCHS))") \
+  $(if $(strip $(IMAGES)),images="$(strip $(IMAGES))") $(if $(strip $(SEEDS)),seeds="$(strip $(SEEDS))") $(if $(strip $(SHOTS)),shots="$(strip $(SHOTS))") $(SET))
+CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
+WORKFLOW = $(RUN) snakemake --profile profiles/local
+WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG))
+
+.PHONY: help env study tune test check lab miniature clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo 'study and tune take PROFILE= DATASETS= ARCHS= IMAGES= SEEDS= SHOTS= SET=, as in: make study DATASETS=digits SEEDS="0 1" SET=guidance=5'
+
+env: $(STAMP) ## the environment in .venv, from requirements.lock; made once, and again when the lock changes
+
+study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10
+	@$(WORKFLOW) study $(WITH)
+	@$(RUN) python -c 'from bridgexfer.records import show_table; from bridgexfer.settings import load_settings; \
+	  figures = load_settings("$(strip $(PROFILE))", figures="$(if $(NARROW),runs/figures)").figures_dir; \
+	  print(); show_table(figures/"tab2_pipelines.csv"); print(f"\nTables and figures: {figures}")'
+
+tune: $(STAMP) ## choose the learning rates on validation data: Table 5, which `make study` reads
+	@$(WORKFLOW) learning_rates $(WITH)
+
+test: $(STAMP) ## every test: modules, notebooks, jobs (about 5 minutes)
+	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported
+	@$(RUN) python -m pytest tests/test_project.py -k "not runs"
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	@$(RUN) jupyter lab nbs
+
+# The sizes stand in settings.ini, section [weights].
+size  = $(shell sed -n 's/^$(1)  *= *\([0-9]*\).*/\1/p' settings.ini)
+build = @mkdir -p runs/weights && $(RUN) papermill --log-output nbs/miniature/$(1).ipynb runs/weights/$(1).ipynb \
+  -p out "$(CURDIR)/bridgexfer/weights" $(if $(2),-p images $(call size,web_images) -p steps $(call size,$(2)))
+
+miniature: $(STAMP) ## train the shipped weights again (hours on two cores); everything made with the old ones is made anew
+	$(call build,01_clip,clip_steps)
+	$(call build,02_vae,vae_steps)
+	$(call build,03_unet,unet_steps)
+	$(call build,04_backbones,backbone_steps)
+	$(call build,05_generator)
+
+clean: ## remove the environment, not the runs
+	rm -rf .venv .uv
+
+# uv is installed into .uv by pip, pinned by .ci/uv.txt; it makes .venv. A .venv that was never finished is made from scratch.
+$(STAMP): requirements.lock pyproject.toml .ci/uv.txt
+	@python=; old=; for p in $(PYTHON); do \
+	  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; old=$$p; \
+	  "$$p" -c 'import ensurepip, venv' 2>/dev/null && { python=$$p; break; }; done; \
+	if [ -z "$$old" ]; then echo "Python 3.11 or newer is needed and was not found: install it (Debian, Ubuntu: apt install python3 python3-venv)" \
+	  "or say where it is with PYTHON=/path/to/python3." >&2; exit 1; fi; \
+	if [ -z "$$python" ]; then echo "$$old has no venv module: install it (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; fi; \
+	set -e; export UV_PYTHON_DOWNLOADS=never; quiet=; [ -t 2 ] || quiet=--quiet; \
+	if ! cmp -s .ci/uv.txt .uv/uv.txt || ! .uv/bin/uv --version >/dev/null 2>&1; then \
+	  echo "Installing uv into .uv"; rm -rf .uv; "$$python" -m venv .uv; \
+	  .uv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r .ci/uv.txt; cp .ci/uv.txt .uv/uv.txt; fi; \
+	if [ -f $(STAMP) ] && .venv/bin/python -c '' 2>/dev/null; then rm $(STAMP); else \
+	  echo "Making the environment in .venv (about 5 GB)"; \
+	  rm -rf .venv; .uv/bin/uv venv --quiet --python "$$("$$python" -c 'import sys; print(sys.executable)')" .venv; fi; \
+	.uv/bin/uv pip sync $$quiet --require-hashes --python .venv/bin/python requirements.lock; \
+	.uv/bin/uv pip install --quiet --no-deps --no-build-isolation --python .venv/bin/python -e .; \
+	touch $(STAMP)

@@ -1,0 +1,398 @@
+"""Generation under stress: kills, damaged files, mixed specs, batch sizes, strange names, absent models."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from bridgexfer import generation
+from bridgexfer.artefacts import spec_hash, write_json
+from bridgexfer.generation import SynthesisSpec, load_pipeline, make_scheduler, plan, sample, synthesis_spec
+from bridgexfer.synthetic_sets import SyntheticSet, claim, damage, generate, read_spec, shard_path
+
+DIGITS = "zero one two three four five six seven eight nine".split()
+
+
+@pytest.fixture
+def spec(model):
+    return synthesis_spec(model, DIGITS, steps=2, side=32, batch=16, shard=2)
+
+
+@pytest.fixture
+def made(spec, pipe, tmp_path):
+    "A set of three shards."
+    return generate(spec, tmp_path / "sets", 6, pipe=pipe, progress=False)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in Path(folder).glob("shard-*.parquet")}
+
+
+def draw(pipe, rows, spec):
+    return sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], spec)
+
+
+# ---- crash and resume
+
+WORKER = """
+import json, sys, torch
+torch.set_num_threads(1)
+from bridgexfer.generation import synthesis_spec
+from bridgexfer.synthetic_sets import generate
+model, names, root, fields = json.loads(sys.argv[1])
+generate(synthesis_spec(model, names, **fields), root, 8, progress=False)
+"""
+
+
+def test_kill_and_resume(model, pipe, tmp_path, one_thread):
+    fields = dict(steps=5, side=32, batch=16, shard=2)
+    spec = synthesis_spec(model, DIGITS, **fields)
+    command = [sys.executable, "-c", WORKER, json.dumps([model, DIGITS, str(tmp_path / "killed"), fields])]
+    worker = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    folder = tmp_path / "killed" / spec_hash(spec)
+    until = time.time() + 120
+    while not shard_path(folder, 0).exists() and worker.poll() is None and time.time() < until:
+        time.sleep(0.01)
+    time.sleep(0.05)  # into the next shard
+    worker.send_signal(signal.SIGKILL)
+    assert worker.wait() == -signal.SIGKILL
+    left = contents(folder)
+    assert 1 <= len(left) < 4
+    resumed = generate(spec, tmp_path / "killed", 8, pipe=pipe, progress=False)
+    undisturbed = generate(spec, tmp_path / "whole", 8, pipe=pipe, progress=False)
+    assert contents(resumed.folder) == contents(undisturbed.folder)
+    assert left.items() <= contents(resumed.folder).items()  # what the killed process had made was kept
+    assert len(contents(resumed.folder)) == 4 and resumed.verify() == []
+
+
+def test_nothing_is_made_twice(made, spec, monkeypatch):
+    monkeypatch.setattr("bridgexfer.synthetic_sets.sample", lambda *a: pytest.fail("sampled again"))
+    assert generate(spec, made.folder.parent, 5, progress=False).per_class == 6
+
+
+def test_prefix(made, spec, pipe):
+    before, six = contents(made.folder), made.images(6)
+    grown = generate(spec, made.folder.parent, 9, pipe=pipe, progress=False)
+    assert grown.per_class == 10 and before.items() < contents(grown.folder).items()
+    for n in (1, 3, 6):
+        assert np.array_equal(grown.images(n).pixels, six.pixels[: 10 * n])
+        assert np.bincount(grown.images(n).labels).tolist() == [n] * 10
+
+
+# ---- damage
+
+
+def test_truncated_shard(made, spec, pipe):
+    whole, path = contents(made.folder), shard_path(made.folder, 1)
+    path.write_bytes(path.read_bytes()[:-50])
+    assert made.per_class == 2  # nothing behind the hole is handed out
+    assert [name for name, _ in made.verify()] == ["shard-00001.parquet"]
+    assert generate(spec, made.folder.parent, 6, pipe=pipe, progress=False).verify() == []  # resuming remakes it, too
+    path.write_bytes(path.read_bytes()[:100])
+    shard_path(made.folder, 0).unlink()
+    assert [name for name, _ in made.verify(repair=True, pipe=pipe, progress=False)] == ["shard-00000.parquet", "shard-00001.parquet"]
+    assert contents(made.folder) == whole and made.verify() == []
+
+
+def test_verify_knows_how_many_there_should_be(made):
+    shard_path(made.folder, 2).unlink()
+    assert made.verify() == [] and made.verify(per_class=6) == [("shard-00002.parquet", "missing")]
+
+
+def test_flipped_bytes(made, spec):
+    "Wherever a byte is flipped, either it is noticed or every value that is read is the right one."
+    path = shard_path(made.folder, 0)
+    whole, table = path.read_bytes(), made.table(2)
+    noticed = 0
+    for at in np.random.default_rng(0).permutation(len(whole))[:150]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        reason = damage(path, spec, 0)
+        noticed += bool(reason)
+        assert reason or made.table(2).equals(table), f"byte {at} of {len(whole)}"
+    assert noticed > 140
+
+
+def test_image_that_matches_its_own_page(made, spec):
+    "An image that was replaced, page checksum and all, is not the one that was written."
+    import pyarrow as pa
+    from bridgexfer.synthetic_sets import shard_schema, write_shard
+
+    table = made.table(2)
+    rows = table.to_pylist()
+    rows[3]["image"]["bytes"] = rows[4]["image"]["bytes"]
+    write_shard(shard_path(made.folder, 0), pa.Table.from_pylist(rows, schema=shard_schema(spec, 0)))
+    assert made.verify() == [("shard-00000.parquet", "1 of its images are not those that were written")]
+    shutil.copy(shard_path(made.folder, 2), shard_path(made.folder, 0))
+    assert made.verify() == [("shard-00000.parquet", "not this shard's rows")]
+
+
+# ---- specs never mix
+
+
+def test_another_spec_is_refused(made, spec, pipe, tmp_path):
+    other = replace(spec, guidance=8)
+    with pytest.raises(ValueError, match=r"belongs to another spec \(guidance 3.5, not 8.0\)"):
+        claim(made.folder, other)
+    there = tmp_path / "sets" / spec_hash(other)
+    shutil.copytree(made.folder, there)  # by hand, under the other's name
+    with pytest.raises(ValueError, match="belongs to another spec"):
+        generate(other, tmp_path / "sets", 6, pipe=pipe, progress=False)
+    shutil.copy(generate(other, tmp_path / "elsewhere", 2, pipe=pipe, progress=False).folder / "spec.json", there)
+    with pytest.raises(ValueError, match="made by another spec"):
+        generate(other, tmp_path / "sets", 6, pipe=pipe, progress=False)
+    assert contents(there) == contents(made.folder) and SyntheticSet(there).per_class == 0
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("weights", "x"), ("steps", 3), ("guidance", 2), ("side", 64), ("stored_side", 16), ("format", "jpeg"), ("seed", 1), ("version", 2),
+     ("precision", "bfloat16"), ("scheduler", "DDIM"), ("names", DIGITS[::-1]), ("shard", 3), ("templates", "style")],
+)  # fmt: skip
+def test_changed_spec_is_another_folder(spec, field, value):
+    extra = {"style": "chalk"} if field == "templates" else {}
+    assert spec_hash(replace(spec, **{field: value}, **extra)) != spec_hash(spec)
+
+
+def test_retrained_weights_are_another_set(model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    old = synthesis_spec(str(folder), DIGITS, steps=2, side=32)
+    assert spec_hash(old) == spec_hash(synthesis_spec(model, DIGITS, steps=2, side=32))  # a copy is the same model
+    weights = next((folder / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert spec_hash(synthesis_spec(str(folder), DIGITS, steps=2, side=32)) != spec_hash(old)
+    with pytest.raises(ValueError, match="are not those of this spec"):
+        generate(old, tmp_path / "sets", 1, progress=False)
+    assert not list((tmp_path / "sets").rglob("*.parquet"))
+
+
+def test_spec_survives_the_disk(made, spec):
+    assert read_spec(made.folder) == spec and hash(read_spec(made.folder)) == hash(spec)
+    write_json(made.folder / "spec.json", {"colour": "red"})
+    with pytest.raises(ValueError, match="spec.json is not the spec of a synthetic set"):
+        SyntheticSet(made.folder)
+
+
+# ---- noise
+
+
+@pytest.fixture
+def noise(monkeypatch):
+    "Every normal number that sampling draws, by call and by seed."
+    drawn, original = defaultdict(list), generation.randn_tensor
+
+    def record(shape, generator=None, device=None, dtype=None, **kwargs):
+        out = original(shape, generator=generator, device=device, dtype=dtype, **kwargs)
+        for g, x in zip(generator, out, strict=True):
+            drawn[g.initial_seed()].append(x.numpy().copy())
+        return out
+
+    monkeypatch.setattr(generation, "randn_tensor", record)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", record)
+    return drawn
+
+
+def test_noise_does_not_depend_on_company(pipe, spec, noise):
+    rows, spec = plan(spec, 0, 7)[:64], replace(spec, steps=3)
+    pictures, numbers = {}, {}
+    for name, order, batch in [("64", np.arange(64), 64), ("7", np.arange(64), 7), ("shuffled", np.random.default_rng(0).permutation(64), 7)]:
+        noise.clear()
+        images = draw(pipe, [rows[i] for i in order], replace(spec, batch=batch))
+        pictures[name] = images[np.argsort(order)].astype(int)
+        numbers[name] = np.stack([np.stack(noise[r.seed]) for r in rows])  # (image, draw, channel, h, w)
+    draws = numbers["64"].shape[1]
+    assert draws >= 3  # the first latents and the steps; whether the last one draws is the scheduler's business
+    assert len(np.unique(numbers["64"].reshape(64 * draws, -1), axis=0)) == 64 * draws  # no two alike
+    for name in ("7", "shuffled"):
+        assert np.array_equal(numbers[name], numbers["64"])  # to the bit
+        assert np.abs(pictures[name] - pictures["64"]).max() <= 1  # to rounding
+
+
+def test_noise_does_not_depend_on_precision(model, pipe, spec, noise):
+    draw(pipe, rows := plan(spec, 0, 1), spec)
+    exact = {r.seed: np.stack(noise[r.seed]) for r in rows}
+    noise.clear()
+    images = draw(load_pipeline(model, "bfloat16"), rows, replace(spec, precision="bfloat16"))
+    assert all(np.array_equal(np.stack(noise[seed]), x) for seed, x in exact.items())
+    assert np.abs(images.astype(int) - draw(pipe, rows, spec)).mean() < 8
+
+
+def test_same_noise_for_every_guidance(spec):
+    rows, others = plan(spec, 0, 5), plan(replace(spec, guidance=8, steps=7, weights="x"), 0, 5)
+    assert rows == others and not {r.seed for r in rows} & {r.seed for r in plan(replace(spec, seed=1), 0, 5)}
+
+
+# ---- against diffusers
+
+
+@pytest.mark.parametrize("scheduler", ["DDPM", "DDIM", "DPM++", "DPM++ SDE", "Euler", "Euler a", "UniPC", "PNDM", "own"])
+def test_same_images_as_diffusers(model, spec, scheduler):
+    pipe = load_pipeline(model)
+    spec, rows = replace(spec, scheduler=scheduler, steps=5), plan(spec, 0, 1)
+    ours = draw(pipe, rows, spec).astype(int)
+    pipe.scheduler = make_scheduler(pipe, scheduler)
+    generators = [torch.Generator().manual_seed(r.seed) for r in rows]
+    theirs = pipe([r.prompt for r in rows], num_inference_steps=5, guidance_scale=3.5, height=32, width=32, generator=generators, output_type="np").images
+    assert np.abs(ours - (theirs * 255).round()).max() <= 1
+
+
+def test_guidance_is_equation_one(pipe, spec, monkeypatch):
+    "With a stub that answers 2 with a prompt and 1 without one, the prediction is 2w + (1 - w)."
+    predictions = []
+    step = diffusers.DDPMScheduler.step
+    monkeypatch.setattr(diffusers.DDPMScheduler, "step", lambda self, eps, *a, **k: (predictions.append(eps), step(self, eps, *a, **k))[1])
+    calls = []
+
+    def unet(x, t, condition, return_dict):
+        calls.append(len(x))
+        return (torch.ones_like(x) * (1 + (condition[:, 1:2, :1, None] != empty[:, 1:2, :1, None])),)
+
+    with torch.inference_mode():
+        empty = generation.embed(pipe, [""], {})
+    monkeypatch.setattr(pipe.unet, "forward", unet)
+    for w in (0.5, 1.0, 3.5):
+        draw(pipe, plan(spec, 0, 1), replace(spec, guidance=w, steps=1))
+        assert torch.allclose(predictions.pop(), torch.tensor(2 * w + (1 - w)))
+    assert calls == [20, 10, 20]  # w = 1 needs no empty prompt
+
+
+def test_another_pipeline(model, pipe, spec, tmp_path):
+    "Any text-to-image pipeline: here a Stable Diffusion XL of a few random weights."
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    text = CLIPTextConfig.from_dict({**pipe.text_encoder.config.to_dict(), "num_hidden_layers": 2})
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, norm_num_groups=8, cross_attention_dim=2 * text.hidden_size,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + text.projection_dim,
+    )  # fmt: skip
+    parts = dict(vae=pipe.vae, tokenizer=pipe.tokenizer, tokenizer_2=pipe.tokenizer, text_encoder=CLIPTextModel(text), unet=unet)
+    parts |= dict(text_encoder_2=CLIPTextModelWithProjection(text), scheduler=diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config))
+    diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False).save_pretrained(tmp_path / "xl")
+    spec = synthesis_spec(str(tmp_path / "xl"), DIGITS[:3], steps=2, side=32, batch=4, shard=1, seed=3)
+    xl = load_pipeline(str(tmp_path / "xl"))
+    made = generate(spec, tmp_path / "sets", 2, pipe=xl, progress=False)
+    assert type(xl).__name__ == "StableDiffusionXLPipeline" and type(xl.scheduler).__name__ == "EulerDiscreteScheduler"
+    assert made.verify() == [] and made.images().pixels.shape == (6, 32, 32, 3)
+    one = draw(xl, plan(spec, 0, 1), replace(spec, batch=1))
+    assert np.abs(one.astype(int) - made.images(1).pixels).max() <= 2
+
+
+# ---- names and formats
+
+
+STRANGE = ("F/A-18", "../../etc", "$(touch hacked); rm -rf ~", "Königsberger Klöpse", "三", "a\\b:c*?", ".hidden", "line\nbreak", "x" * 300, "{0} {}")
+
+
+def test_strange_names_stay_inside(model, pipe, tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    spec = synthesis_spec(model, STRANGE, steps=1, side=32, shard=1, batch=10)
+    made = generate(spec, tmp_path / "sets", 1, pipe=pipe, progress=False)
+    assert "F/A-18" in made.table().to_pylist()[0]["prompt"] and "{0} {}" in made.table().to_pylist()[9]["prompt"]
+    made.export(tmp_path / "export")
+    paths = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] + [r["image"]["path"] for r in made.table().to_pylist()]
+    assert all(part.replace("-", "").replace(".", "").isalnum() and part.isascii() for p in paths for part in p.split("/"))
+    assert len(list((tmp_path / "export").iterdir())) == 10 and not any("/" in r["image"]["path"] for r in made.table().to_pylist())
+    assert [label for _, label in ImageFolder(tmp_path / "export").samples] == list(range(10))
+    assert made.images().names == STRANGE and read_spec(made.folder) == spec
+
+
+def test_hugging_face_datasets(model, pipe, tmp_path):
+    from datasets import ClassLabel, load_dataset
+    from PIL.Image import Image
+
+    names = ("F/A-18", "Königin", "三")
+    made = generate(synthesis_spec(model, names, steps=1, side=32, shard=2), tmp_path / "sets", 4, pipe=pipe, progress=False)
+    there = load_dataset("parquet", data_files=str(made.folder / "shard-*.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert isinstance(there.features["label"], ClassLabel) and there.features["label"].names == list(names)
+    assert all(isinstance(i, Image) for i in there["image"]) and there["label"] == [0, 1, 2] * 4
+    assert np.array_equal(np.stack([np.asarray(i) for i in there["image"]]), made.images().pixels)
+
+
+def test_export(made, tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    images = made.images(3)
+    folders = ImageFolder(made.export(tmp_path / "export", 3))
+    assert folders.classes[:2] == ["000-zero", "001-one"]
+    for c in range(10):
+        theirs = [np.asarray(folders[i][0]) for i, label in enumerate(folders.targets) if label == c]
+        assert np.array_equal(theirs, images.pixels[images.labels == c])
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
+        made.export(tmp_path / "export", 3)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_smaller_jpegs(model, pipe, spec, tmp_path):
+    small = generate(replace(spec, format="jpeg", stored_side=16), tmp_path, 2, pipe=pipe, progress=False)
+    assert small.images().pixels.shape == (20, 16, 16, 3) and small.verify() == []
+    assert small.table()["image"][0].as_py()["bytes"][:2] == b"\xff\xd8"
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [({"steps": 0}, "steps is a whole number of at least 1"), ({"guidance": -1}, "guidance is a positive number"), ({"guidance": float("nan")}, "guidance"),
+     ({"side": 0}, "side"), ({"stored_side": -1}, "stored_side"), ({"scheduler": "LMS"}, "choose DDPM, DDIM"), ({"precision": "int8"}, "choose float32, bfloat16"),
+     ({"format": "webp"}, "choose png, jpeg"), ({"names": []}, "at least one class name"), ({"names": ["cat", ""]}, "labels 1 are empty"),
+     ({"names": ["cat", "dog", "cat"]}, "more than once: cat"), ({"names": ["a  cat", "a cat "]}, "more than once: a cat"), ({"names": "cat"}, "list of class names"),
+     ({"templates": "fancy"}, "choose 'single' or 'style'"), ({"templates": "style"}, "needs the word")],
+)  # fmt: skip
+def test_wrong_specs(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        SynthesisSpec(**{"names": DIGITS, "weights": "x", **wrong})
+
+
+def test_wrong_requests(made, spec, pipe, tmp_path):
+    with pytest.raises(ValueError, match="has 6 images per class, asked for 7"):
+        made.images(7)
+    with pytest.raises(ValueError, match="per_class is a whole number"):
+        generate(spec, tmp_path, 0)
+    with pytest.raises(ValueError, match="side is a multiple of 4"):
+        draw(pipe, plan(spec, 0, 1), replace(spec, side=30))
+    with pytest.raises(FileNotFoundError, match="it has no spec.json"):
+        SyntheticSet(tmp_path)
+
+
+def test_scheduler_that_does_not_fit(pipe, spec, monkeypatch):
+    monkeypatch.setattr(pipe, "scheduler", diffusers.FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="DDPM does not fit StableDiffusionPipeline.* choose own"):
+        draw(pipe, plan(spec, 0, 1), spec)
+
+
+def test_absent_models(model, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="No text-to-image model at '/no/such/folder'"):
+        load_pipeline("/no/such/folder")
+    with pytest.raises(FileNotFoundError, match="has no model_index.json"):
+        load_pipeline(str(tmp_path))
+    with pytest.raises(ValueError, match="choose float32, bfloat16, float16"):
+        load_pipeline(model, "half")
+    shutil.copytree(model, tmp_path / "torn", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(OSError, match="torn is not a whole diffusers pipeline"):
+        load_pipeline(str(tmp_path / "torn"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="someone/something.* cache .*HF_HUB_OFFLINE is set") as e:
+        load_pipeline("someone/something@v1")
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_large_plan_takes_seconds():
+    spec = SynthesisSpec([f"class number {i}" for i in range(400)], "x")
+    started = time.process_time()
+    rows = plan(spec, 0, 3000)
+    assert time.process_time() - started < 30
+    assert len(rows) == 1_200_000 and rows[:8000] == plan(spec, 0, 20) and rows[-8000:] == plan(spec, 2980, 3000)

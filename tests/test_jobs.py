@@ -1,0 +1,160 @@
+"""The study as `make study` runs it, in the smallest profile: once, again, after edits, and with mistakes."""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.xdist_group("jobs") # one worker: the tests share one run
+
+
+class Clone:
+    "A copy of the repository that uses this environment."
+    def __init__(self, folder):
+        self.folder = folder
+        for name in ("bridgexfer", "figures", "nbs", "profiles"):
+            shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        for name in ("Makefile", "Snakefile", "settings.ini", "requirements.lock", "pyproject.toml"): shutil.copy2(ROOT/name, folder)
+        (folder/".ci").mkdir()
+        shutil.copy2(ROOT/".ci/uv.txt", folder/".ci")
+        (folder/".venv").symlink_to(sys.prefix)
+
+    def make(self, *words, ok=True):
+        "Call make; the environment counts as made."
+        done = subprocess.run(["make", "-o", ".venv/.complete", *words], cwd=self.folder, env={**os.environ, "PYTHONPATH": str(self.folder)},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
+        assert (done.returncode == 0) == ok, done.stdout
+        return done.stdout
+
+    def would_run(self, **settings):
+        "The jobs that the next run of the study would do, by the name of their rule, and what Snakemake says."
+        config = [f"{k}={v}" for k, v in {"profile": "smoke", **settings}.items()]
+        command = [Path(sys.executable).with_name("snakemake"), "--profile", "profiles/local", "study", "--dry-run", "--printshellcmds", "--config", *config]
+        done = subprocess.run(command, cwd=self.folder, env={**os.environ, "PYTHONPATH": str(self.folder)},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
+        table = re.findall(r"^([a-z]\w+) +\d+$", done.stdout, re.M)
+        return set(table) - {"study", "total"}, done.stdout
+
+    def edit(self, path, change):
+        "Change a file's text."
+        text = (self.folder/path).read_text()
+        assert change(text) != text
+        (self.folder/path).write_text(change(text))
+
+
+def add_cell(kind, text):
+    "An edit that adds a cell at the end of a notebook."
+    def change(notebook):
+        nb = json.loads(notebook)
+        nb["cells"].append({"cell_type": kind, "id": "added", "metadata": {}, "source": text, **({"execution_count": None, "outputs": []} if kind == "code" else {})})
+        return json.dumps(nb)
+    return change
+
+
+PAPERS = {"tab1_leep", "tab2_pipelines", "fig03_convergence", "fig10_examples"}
+EVERYTHING = PAPERS | {"generate", "transfer", "transferability"}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    "A clone in which the study has run, and what make printed."
+    clone = Clone(tmp_path_factory.mktemp("clone"))
+    return clone, clone.make("study", "PROFILE=smoke")
+
+
+@pytest.fixture
+def clone(first):
+    "That clone; whatever a test changes in it is undone, the run stays."
+    folder = first[0].folder
+    kept = {p: p.read_bytes() for p in folder.rglob("*") if p.suffix in (".ipynb", ".py", ".ini") and "runs" not in p.relative_to(folder).parts and ".venv" not in p.parts}
+    yield first[0]
+    for path, content in kept.items():
+        if path.read_bytes() != content: path.write_bytes(content)
+
+
+def test_study_leaves_tables_figures_and_notebooks(first):
+    clone, printed = first
+    figures = clone.folder/"runs/figures/smoke"
+    for paper in PAPERS: assert len(pd.read_csv(figures/f"{paper}.csv"))
+    assert list(figures.glob("*.png")) and list(figures.glob("*.pdf"))
+    executed = {p.stem for p in (clone.folder/"runs/smoke/notebooks").glob("*.ipynb")}
+    assert executed == PAPERS | {"generate-digits", "transfer-digits-mini_resnet10", "transferability-digits-mini_resnet10"}
+    ending = printed.strip().splitlines()[-1]
+    assert ending.startswith("Tables and figures: ") and ending.endswith("runs/figures/smoke")
+    assert "Bridged++" in printed
+
+
+def test_study_writes_nothing_elsewhere(first):
+    clone, _ = first
+    there = {p.name for p in clone.folder.iterdir()} - {".venv", ".ci", ".snakemake", "runs"}
+    assert there == {"bridgexfer", "figures", "nbs", "profiles", "Makefile", "Snakefile", "settings.ini", "requirements.lock", "pyproject.toml"}
+    for part in ("nbs", "figures", "bridgexfer"):
+        was, now = ({p.relative_to(top/part).as_posix(): p.read_bytes() for p in (top/part).rglob("*") if p.is_file() and "__pycache__" not in p.parts and ".ipynb_checkpoints" not in p.parts}
+                    for top in (ROOT, clone.folder))
+        assert was.keys() == now.keys() and [p for p in was if was[p] != now[p]] == []
+
+
+def test_second_call_finds_everything_again(first):
+    clone, printed = first
+    again = clone.make("study", "PROFILE=smoke")
+    assert "Nothing to be done" in again
+    table = printed[printed.index("Elapsed time"):].split("\n", 1)[1]
+    assert again.endswith(table) and "Bridged++" in table
+
+
+def test_prose_reruns_nothing(clone):
+    for notebook in [*clone.folder.glob("nbs/jobs/*.ipynb"), *clone.folder.glob("nbs/paper/*.ipynb")]:
+        clone.edit(notebook, add_cell("markdown", "More prose."))
+        clone.edit(notebook, add_cell("code", "# a comment"))
+    for module in clone.folder.glob("bridgexfer/*.py"): clone.edit(module, lambda text: text + "\n# a comment\n")
+    clone.edit("settings.ini", lambda text: text.replace("[smoke]", "# a comment\n[smoke]"))
+    assert clone.would_run()[0] == set()
+
+
+def test_code_reruns_what_depends_on_it(clone):
+    clone.edit("nbs/jobs/transferability.ipynb", add_cell("code", "print('more')"))
+    assert clone.would_run()[0] == {"transferability", "tab1_leep"}
+
+
+def test_code_of_modules_counts_also_where_it_is_reached_by_others(clone):
+    clone.edit("bridgexfer/prompts.py", lambda text: text + "\nMORE = 1\n") # the job imports a module that imports this one
+    assert clone.would_run()[0] >= {"generate", "transfer"}
+
+
+def test_settings_rerun_the_jobs_that_name_them(clone):
+    clone.edit("settings.ini", lambda text: text.replace("[smoke]", "[smoke]\nguidance = 5"))
+    assert clone.would_run()[0] == EVERYTHING
+    clone.edit("settings.ini", lambda text: text.replace("guidance = 5", "lrs = 0.5"))
+    assert clone.would_run()[0] == set() # only the tuning reads them
+
+
+def test_narrowed_study_leaves_the_committed_figures_alone(clone):
+    rates = clone.folder/"figures/miniature/tab5_learning_rates.csv"
+    rates.parent.mkdir(exist_ok=True)
+    made = not rates.exists() and rates.write_text("dataset\n")
+    narrow, whole = (clone.would_run(profile="miniature", **more)[1] for more in ({"seeds": 0}, {}))
+    if made: rates.unlink()
+    assert "output: figures/miniature/tab2_pipelines.csv" in whole and "output: runs/figures/miniature/tab2_pipelines.csv" in narrow
+    assert "-p overrides" in narrow and "-p overrides" not in whole
+
+
+@pytest.mark.parametrize(("word", "said"), [
+    ("PROFILE=huge", "Unknown profile 'huge': settings.ini has miniature, "),
+    ("DATASETS=cats", "Unknown dataset 'cats': choose digits, digits-photo, greek, "),
+    ("ARCHS=mini_resnet11", "Unknown architecture 'mini_resnet11': choose "),
+    ("SHOTS=1000", "1000 shots: class 'zero' has ")])
+def test_mistakes_are_named_with_the_choices(clone, word, said):
+    words = ["study", word] if word.startswith("PROFILE") else ["study", "PROFILE=smoke", word]
+    assert said in " ".join(clone.make(*words, ok=False).split())
+
+
+def test_a_job_that_fails_shows_its_error_and_loses_no_figure(clone):
+    clone.edit("nbs/paper/tab2_pipelines.ipynb", add_cell("code", "raise RuntimeError('as planned')"))
+    assert "RuntimeError: as planned" in clone.make("study", "PROFILE=smoke", ok=False)
+    assert len(pd.read_csv(clone.folder/"runs/figures/smoke/tab2_pipelines.csv"))

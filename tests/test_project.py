@@ -1,0 +1,207 @@
+"""The project: files that agree with each other, notebooks that are clean, exported and run."""
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = sorted((ROOT/"nbs").glob("*.ipynb"))
+MINIATURE = sorted((ROOT/"nbs/miniature").glob("*.ipynb"))
+JOBS = sorted((ROOT/"nbs/jobs").glob("*.ipynb"))
+PAPER = sorted((ROOT/"nbs/paper").glob("*.ipynb"))
+ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def name(path): return path.relative_to(ROOT/"nbs").as_posix()
+
+
+def run(*command, cwd=ROOT, **kwargs):
+    return subprocess.run([str(c) for c in command], cwd=cwd, env=ENV, capture_output=True, text=True, stdin=subprocess.DEVNULL, **kwargs)
+
+
+def cells(path, kind="code"):
+    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def source(cell): return "".join(cell["source"])
+
+
+# ---- files
+
+@pytest.fixture(scope="module")
+def files():
+    "All files that are, or would be, under version control."
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard")
+    if listed.returncode: pytest.skip("not a clone")
+    return [p for p in (ROOT/line for line in listed.stdout.splitlines()) if p.is_file()]
+
+
+def test_no_registry_and_no_machine_is_named(files):
+    registry = re.compile(r"(pypi|pythonhosted|npmjs|conda|crates)\.(org|com|io)|[/-]simple/")
+    machine = re.compile(r"(?<![\w.~-])/(root|work|mnt|Users|home/(?!me/))\b[/\w]|/tmp/\w")
+    for path in files:
+        try: text = path.read_text()
+        except UnicodeDecodeError: continue
+        if path.name == "LICENSE": continue
+        for pattern in (registry, machine):
+            found = pattern.search(text)
+            assert not found, f"{path.relative_to(ROOT)} names {text[max(0, found.start() - 40):found.end() + 40]!r}"
+
+
+def test_weights_are_small_and_hold_no_code(files):
+    weights = [p for p in files if p.is_relative_to(ROOT/"bridgexfer/weights")]
+    assert weights
+    assert sum(p.stat().st_size for p in weights) <= 12 * 2**20
+    assert {p.suffix for p in weights} <= {".safetensors", ".json", ".txt"}
+
+
+def test_no_large_files(files):
+    assert not [p for p in files if p.stat().st_size > 8 * 2**20]
+
+
+def test_license_and_citation():
+    assert "Apache License" in (ROOT/"LICENSE").read_text()
+    cff = yaml.safe_load((ROOT/"CITATION.cff").read_text())
+    version = re.search(r'__version__ = "(.+)"', (ROOT/"bridgexfer/__init__.py").read_text())[1]
+    assert cff["version"] == version and cff["license"] == "Apache-2.0"
+    assert cff["references"][0]["identifiers"][0]["value"] == "arXiv:2403.19866"
+
+
+# ---- environment
+
+def locked():
+    "name -> version, hashes of requirements.lock"
+    blocks = re.split(r"\n(?=[a-z0-9])", re.sub(r"^ *#.*\n", "", (ROOT/"requirements.lock").read_text(), flags=re.M).strip())
+    return {m[1]: (Version(m[2]), re.findall(r"--hash=sha256:[0-9a-f]{64}", block))
+            for block in blocks for m in [re.match(r"([a-z0-9._-]+)(?:\[[\w,]+\])?==([^ ;\\]+)", block)]}
+
+
+def test_lock_pins_with_hashes_and_names_no_place():
+    text = (ROOT/"requirements.lock").read_text()
+    assert "://" not in text and "index-url" not in text and "find-links" not in text
+    assert len(locked()) > 100 and all(hashes for _, hashes in locked().values())
+    uv = (ROOT/".ci/uv.txt").read_text()
+    assert re.search(r"^uv==[\d.]+ \\$", uv, re.M) and "--hash=sha256:" in uv and "://" not in uv
+
+
+def test_lock_agrees_with_pyproject():
+    project = tomllib.loads((ROOT/"pyproject.toml").read_text())["project"]
+    pins = locked()
+    for text in [*project["dependencies"], *project["optional-dependencies"]["study"]]:
+        wanted = Requirement(text)
+        assert wanted.name in pins, f"{wanted.name} is not in requirements.lock: compile it again, as its first lines say"
+        assert pins[wanted.name][0] in wanted.specifier, f"requirements.lock has {wanted.name} {pins[wanted.name][0]}, pyproject.toml wants {text}"
+
+
+# ---- commands
+
+def targets(): return re.search(r"^\.PHONY: (.+)$", (ROOT/"Makefile").read_text(), re.M)[1].split()
+
+
+def test_make_help_lists_every_target():
+    listed = run("make", "help", check=True).stdout
+    assert re.findall(r"^make ([a-z-]+) ", listed, re.M) == targets()
+    assert run("make", check=True).stdout == listed
+
+
+def test_documented_commands_exist():
+    texts = [(ROOT/"README.md").read_text(), (ROOT/"settings.ini").read_text(), (ROOT/"Snakefile").read_text()]
+    texts += [source(c) for nb in [*LIBRARY, *MINIATURE, *JOBS, *PAPER] for kind in ("markdown", "code") for c in cells(nb, kind)]
+    named = {t for text in texts for t in re.findall(r"(?:`|^ {4}\$? ?)make ([a-z][a-z-]*)", text, re.M)}
+    assert named <= set(targets())
+
+
+@pytest.mark.parametrize(("python", "said"), [
+    (None, "Python 3.11 or newer is needed and was not found: install it"),
+    ('case "$2" in *version_info*) exit 1;; esac', "Python 3.11 or newer is needed and was not found: install it"),
+    ('case "$2" in *ensurepip*) exit 1;; esac', "python3 has no venv module: install it (Debian, Ubuntu: apt install python3-venv).")], ids=["no Python", "old Python", "no venv"])
+def test_make_says_what_to_install(tmp_path, python, said):
+    for path in ("Makefile", "requirements.lock", "pyproject.toml", ".ci/uv.txt"):
+        (tmp_path/path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT/path, tmp_path/path)
+    (tmp_path/"bin").mkdir()
+    for tool in ("make", "sh", "cmp", "rm"): (tmp_path/"bin"/tool).symlink_to(shutil.which(tool))
+    if python:
+        (tmp_path/"bin/python3").write_text(f'#!{shutil.which("sh")}\n{python}\nexec {sys.executable} "$@"\n')
+        (tmp_path/"bin/python3").chmod(0o755)
+    done = subprocess.run(["make", "env"], cwd=tmp_path, env={"PATH": str(tmp_path/"bin")}, capture_output=True, text=True)
+    assert done.returncode and said in done.stderr and len(done.stderr.splitlines()) == 2
+    assert not (tmp_path/".venv").exists()
+
+
+def test_ci_runs_the_tests():
+    assert re.search(r"^make test\b", (ROOT/".ci/run").read_text(), re.M) and os.access(ROOT/".ci/run", os.X_OK)
+    for workflow in (ROOT/".github/workflows").glob("*.yml"):
+        jobs = yaml.safe_load(workflow.read_text())["jobs"]
+        assert [s["run"] for j in jobs.values() for s in j["steps"] if "run" in s] == ["bash .ci/run"]
+
+
+# ---- notebooks
+
+def test_modules_are_what_the_notebooks_export(tmp_path):
+    for folder in ("nbs", "bridgexfer"): shutil.copytree(ROOT/folder, tmp_path/folder, ignore=shutil.ignore_patterns("weights", "__pycache__", ".*"))
+    shutil.copy(ROOT/"pyproject.toml", tmp_path)
+    for module in (tmp_path/"bridgexfer").rglob("*.py"):
+        if "AUTOGENERATED" in module.read_text(): module.unlink()
+    done = run("nbdev-export", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    here, there = ({p.relative_to(top).as_posix(): p.read_text() for p in (top/"bridgexfer").rglob("*.py")} for top in (ROOT, tmp_path))
+    assert sorted(here) == sorted(there)
+    differing = [p for p in here if here[p] != there[p]]
+    assert not differing, f"run nbdev-export: {', '.join(differing)} differ from their notebooks"
+
+
+def test_notebooks_are_clean(tmp_path):
+    shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns(".*"))
+    shutil.copy(ROOT/"pyproject.toml", tmp_path)
+    done = run("nbdev-clean", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    dirty = [name(p) for p in [*LIBRARY, *MINIATURE, *JOBS, *PAPER] if p.read_text() != (tmp_path/"nbs"/name(p)).read_text()]
+    assert not dirty, f"run nbdev-clean: {', '.join(dirty)}"
+
+
+def test_style():
+    done = run("ruff", "check", "--output-format", "concise")
+    assert done.returncode == 0, done.stdout
+
+
+def test_modules_import_only_what_comes_before_them():
+    order = {re.search(r"#\| default_exp (\S+)", text)[1]: int(nb.name[:2])
+             for nb in LIBRARY if nb.name[:2].isdigit() for text in ["\n".join(map(source, cells(nb)))] if "default_exp" in text}
+    for module, number in order.items():
+        tree = ast.parse((ROOT/f"bridgexfer/{module}.py").read_text())
+        imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1}
+        late = {m for m in imported if order.get(m, -1) >= number}
+        assert not late, f"{module} imports {', '.join(late)}, which comes later"
+
+
+@pytest.mark.parametrize("notebook", [*JOBS, *PAPER], ids=name)
+def test_jobs_take_parameters_and_export_nothing(notebook):
+    tagged = [source(c) for c in cells(notebook) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    assigned = {t.id for n in ast.parse(tagged[0]).body if isinstance(n, ast.Assign) for t in n.targets}
+    assert {"profile", "overrides", "settings_file"} <= assigned
+    assert not [c for c in cells(notebook) if re.search(r"^#\| *(export|default_exp)", source(c), re.M)]
+
+
+def test_snakefile_knows_every_job_and_paper_notebook():
+    text = (ROOT/"Snakefile").read_text()
+    assert set(re.findall(r"nbs/jobs/(\w+)\.ipynb", text)) == {p.stem for p in JOBS}
+    papers = re.search(r"PAPERS = \{.*?\n(.*?)\}", text, re.S)[1]
+    assert {p for p in re.findall(r'"(\w+)": "', papers)} == {p.stem for p in PAPER}
+
+
+@pytest.mark.parametrize("notebook", [*LIBRARY, *MINIATURE], ids=name)
+def test_notebook_runs(notebook):
+    done = run("nbdev-test", notebook, "--n-workers", 0)
+    assert done.returncode == 0, done.stdout + done.stderr
