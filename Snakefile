@@ -4,9 +4,9 @@
 #   snakemake --profile profiles/local study --config seeds="0 1"         with other settings, in the syntax of settings.ini
 #   snakemake --profile profiles/local study --dry-run --printshellcmds   shows the papermill lines, to type by hand
 #
-# A job runs again when its inputs, its code, a setting that its code names, or the shipped weights have changed, and never
+# A job runs again when its inputs, its code, a setting that its code names or the shipped weights have changed, and never
 # because of prose: notebooks are no inputs, the hashes of their code are parameters. A job that runs again finds its records.
-import json, os, re, shlex
+import ast, json, os, re, shlex
 from functools import cache
 from pathlib import Path
 from snakemake.exceptions import WorkflowError
@@ -37,10 +37,15 @@ if MINIATURE: os.environ["HF_HUB_OFFLINE"] = "1"
 # ---- what a job depends on besides its inputs
 SCOPE = {"profile", "runs", "figures", "data", "datasets", "archs"} # these are in the names of inputs and outputs
 
+def named(source): # every word of some code that is no comment and no prose
+    found = (getattr(n, field, None) for n in ast.walk(ast.parse(source)) for field in ("id", "attr", "arg", "name", "value"))
+    return {word for word in found if isinstance(word, str)}
+
 @cache
-def needs(notebook): # the hash of its code; the settings that its code names; the shipped weights
-    cells = [c for c in json.loads(Path(notebook).read_text())["cells"] if c["cell_type"] == "code"]
-    words = set(re.findall(r"\w+", "".join(line + "\n" for c in cells for line in c["source"])))
+def needs(notebook): # the hash of its code; the settings that it, or a module it imports, names; the shipped weights
+    code = "\n".join("".join(c["source"]) for c in json.loads(Path(notebook).read_text())["cells"] if c["cell_type"] == "code")
+    modules = re.findall(r"^from bridgexfer\.(\S+) import", code, re.M)
+    words = named(code).union(*(named((PACKAGE/f"{m.replace('.', '/')}.py").read_text()) for m in modules if m != "settings"))
     return [code_hash(notebook), {k: repr(s.values[k]) for k in sorted(words & set(s.values) - SCOPE)}, digest(PACKAGE/"weights") if MINIATURE else ""]
 
 def rates(): # the learning rates that `transfer` takes from the tuning
@@ -113,9 +118,8 @@ rule transferability: # LEEP, with the bridges of `transfer`
     shell: "{RUN} nbs/jobs/transferability.ipynb {RUNS}/notebooks/transferability-{wildcards.name}.ipynb {JOB}"
            " -p dataset {params.on[0]:q} -p arch {params.on[1]} > {log} 2>&1"
 
-rule tune: # the grid of learning rates, on validation data
+rule tune: # the grid of learning rates, on validation data, with synthetic images of its own
     message: "Trying learning rates for {params.on[1]} on {params.on[0]}"
-    input: lambda w: f"{RUNS}/generate/{vocabulary[GRID[w.name][0]]}.json"
     output: f"{RUNS}/tune/{{name}}.json"
     log: f"{RUNS}/logs/tune-{{name}}.txt"
     params: needs=lambda w: needs("nbs/jobs/tune.ipynb"), on=lambda w: GRID[w.name]

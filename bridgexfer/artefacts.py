@@ -92,16 +92,17 @@ def provenance(started: float, # `time.time()` when the work began
     return dict(seconds=round(time.time() - started, 2), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), device=str(device),
                 commit=_commit(), python=platform.python_version(), **{n: version(n) for n in names})
 
-# %% ../nbs/01_artefacts.ipynb #67f52f2b
+# %% ../nbs/01_artefacts.ipynb #3dcf7a90
 PACKAGE = Path(__file__).parent if "__file__" in globals() else Path("../bridgexfer")
 
-def _bare(source: str) -> tuple: # code without comments and docstrings, modules of this package it imports
+def _bare(source: str, module: str = "") -> tuple: # code without comments and docstrings; modules of this package it imports
     tree = ast.parse("\n".join("pass" if l.lstrip().startswith(("%", "!")) else l for l in source.splitlines()))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], "value", None), ast.Constant): body[0].value = ast.Constant(0)
-    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("bridgexfer.")}
-    return ast.dump(tree), modules
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
+    absolute = [".".join([*module.split(".")[:-n.level], n.module]) if n.level else n.module for n in imports]
+    return ast.dump(tree), {m for m in absolute if m.startswith("bridgexfer.")}
 
 def code_hash(notebook: str | Path) -> str: # 16 hexadecimal digits
     "A hash of a notebook's code and of all this package's code behind it, blind to prose, comments and docstrings."
@@ -110,6 +111,6 @@ def code_hash(notebook: str | Path) -> str: # 16 hexadecimal digits
     seen, dumps = set(), [dump]
     while todo:
         module = sorted(todo)[0]; seen.add(module)
-        dump, more = _bare((PACKAGE/(module.split(".", 1)[1].replace(".", "/") + ".py")).read_text())
+        dump, more = _bare((PACKAGE/(module.split(".", 1)[1].replace(".", "/") + ".py")).read_text(), module)
         dumps.append(dump); todo = (todo | more) - seen
     return hashlib.sha256("\n".join(dumps).encode()).hexdigest()[:16]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'PRECISIONS', 'FORMATS', 'VERSION', 'check_spec', 'SynthesisSpec', 'find_model', 'find_weights',
-           'synthesis_spec', 'Row', 'plan', 'load_pipeline', 'make_scheduler', 'embed', 'denoise', 'decode', 'sample']
+           'synthesis_spec', 'synthesis_of', 'Row', 'plan', 'load_pipeline', 'make_scheduler', 'embed', 'denoise',
+           'decode', 'sample']
 
 # %% ../nbs/04_generation.ipynb #f0bce770
 import copy, inspect, re
@@ -78,7 +79,7 @@ class SynthesisSpec:
         for field, value in plain.items(): object.__setattr__(self, field, value) # one spelling, one hash
         check_spec(self)
 
-# %% ../nbs/04_generation.ipynb #e348b3a0
+# %% ../nbs/04_generation.ipynb #6e90adaf
 def find_model(model: str, # "miniature", a folder, "id" or "id@revision"
               ) -> tuple: # folder or None, id or None, revision or None
     "Where a text-to-image model lies: in a folder or on the hub."
@@ -100,6 +101,15 @@ def synthesis_spec(model: str, # "miniature", a folder, "id" or "id@revision"
                   ) -> SynthesisSpec:
     "A spec that names the weights of a model as they are now."
     return SynthesisSpec(names, find_weights(model), str(model), **fields)
+
+def synthesis_of(settings, # of a profile, from `load_settings`
+                 names: tuple, # class names, by label
+                 seed: int,
+                ) -> SynthesisSpec:
+    "The synthetic set that a profile asks for."
+    fields = ("scheduler", "steps", "guidance", "side", "stored_side", "format", "precision")
+    model = settings.model if find_model(settings.model)[0] else f"{settings.model}@{settings.revision}" # a folder has no revision
+    return synthesis_spec(model, names, batch=settings.generate_batch, seed=seed, **{f: getattr(settings, f) for f in fields})
 
 # %% ../nbs/04_generation.ipynb #41ac5b0d
 class Row(NamedTuple):

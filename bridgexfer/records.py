@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'LABELS', 'MARKS', 'plain', 'record_path', 'find_record', 'write_record', 'job_path', 'write_job', 'read_job',
-           'to_frame', 'read_jobs', 'published', 'shots_label', 'plus_minus', 'show_table']
+           'to_frame', 'read_jobs', 'published', 'read_rates', 'shots_label', 'plus_minus', 'show_table']
 
 # %% ../nbs/12_records.ipynb #404d8208
 import math
@@ -129,6 +129,21 @@ def published(table: str, # "tab1", "tab2" or "tab5"
     frame = pd.read_csv(path, keep_default_na=True)
     if table not in set(frame["table"]): raise ValueError(f"No table {table!r} in {path.name}: choose {', '.join(frame['table'].unique())}.")
     return frame[frame["table"] == table].drop(columns="table").reset_index(drop=True)
+
+# %% ../nbs/12_records.ipynb #11b7d07d
+def read_rates(path: str | Path, # tab5_learning_rates.csv of the profile's figures
+               dataset: str,
+               arch: str,
+               pipelines: tuple, # names
+              ) -> dict: # pipeline -> learning rate
+    "The tuned learning rates of a dataset and an architecture."
+    path, advice = Path(path), "run `make tune`, or set `lr` in settings.ini to one number for all"
+    if not path.exists(): raise FileNotFoundError(f"{path} is missing: {advice}.")
+    table = pd.read_csv(path)
+    found = table[(table["dataset"] == dataset) & (table["arch"] == arch)].set_index("pipeline")["lr"].to_dict()
+    if missing := [p for p in pipelines if p not in found]:
+        raise ValueError(f"{path} has no rate for {', '.join(missing)} on {dataset} with {arch}: {advice}.")
+    return {p: float(found[p]) for p in pipelines}
 
 # %% ../nbs/12_records.ipynb #58722932
 LABELS = {"vanilla": "Vanilla", "mixed": "Mixed", "bridged": "Bridged", "bridged_fc": "Bridged + FC re-init", "bridged_pp": "Bridged++"}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PIPELINES', 'Pipeline', 'pipeline', 'BridgeSpec', 'load_bridge', 'make_bridge', 'TransferSpec', 'start_of', 'join',
-           'transfer', 'Recipe', 'recipe_of']
+           'transfer', 'Recipe', 'recipe_of', 'Task', 'run_task']
 
-# %% ../nbs/09_transfer.ipynb #875c471d
-from dataclasses import dataclass
+# %% ../nbs/09_transfer.ipynb #2d193dad
+from dataclasses import dataclass, fields
 from pathlib import Path
 from time import time
 import numpy as np
@@ -15,26 +15,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from .artefacts import as_dict, atomic, read_json, spec_hash, stable_hash, write_json
-from .backbones import create_backbone, predict, reset_head
-from .datasets import Images, measure
+from .backbones import backbone_digest, create_backbone, predict, reset_head
+from .datasets import Augment, DatasetInfo, Images, few_shot, measure
 from .finetune import FinetuneSpec, finetune
 
-# %% ../nbs/09_transfer.ipynb #3788e7a6
+# %% ../nbs/09_transfer.ipynb #a23b5c12
 @dataclass(frozen=True)
 class Pipeline:
     "Where synthetic images come in, and what is done against their traces."
-    label: str # for tables and figures
     mixed: bool = False # real and synthetic images together
     bridged: bool = False # synthetic first, real second
     fc_reinit: bool = False # a fresh head between the stages
     mixup: bool = False # mixup in stage 1
 
 PIPELINES = {
-    "vanilla": Pipeline("Vanilla"),
-    "mixed": Pipeline("Mixed", mixed=True),
-    "bridged": Pipeline("Bridged", bridged=True),
-    "bridged_fc": Pipeline("Bridged + FC re-init", bridged=True, fc_reinit=True),
-    "bridged_pp": Pipeline("Bridged++", bridged=True, fc_reinit=True, mixup=True),
+    "vanilla": Pipeline(),
+    "mixed": Pipeline(mixed=True),
+    "bridged": Pipeline(bridged=True),
+    "bridged_fc": Pipeline(bridged=True, fc_reinit=True),
+    "bridged_pp": Pipeline(bridged=True, fc_reinit=True, mixup=True),
 }
 
 def pipeline(name: str) -> Pipeline: # name: a key of `PIPELINES`
@@ -124,11 +123,11 @@ def join(a: Images, b: Images) -> Images: # a's rows keep their numbers, b's bec
                          "class names, their order and the side have to agree.")
     return Images(np.concatenate([a.pixels, b.pixels]), np.concatenate([a.labels, b.labels]), a.names, np.concatenate([a.rows, np.full(len(b), -1)]))
 
-# %% ../nbs/09_transfer.ipynb #ac618d40
+# %% ../nbs/09_transfer.ipynb #41c6c766
 def transfer(spec: TransferSpec,
              real: Images, # real training images, already the subset that spec.shots names
              test: Images, # what is measured on, the split that spec.split names
-             augment, # the `Augment` of the dataset
+             augment: Augment, # of the dataset
              synthetic: Images | None = None, # for mixed transfer
              bridge: str | Path | None = None, # folder of the bridge
              device: str = "cpu",
@@ -143,30 +142,65 @@ def transfer(spec: TransferSpec,
     return model, dict(accuracy=measure(guesses, test.labels, spec.metric), metric=spec.metric, predictions=guesses.tolist(),
                        labels=test.labels.tolist(), curve=curve, seconds=round(time() - started, 2))
 
-# %% ../nbs/09_transfer.ipynb #183e8dae
+# %% ../nbs/09_transfer.ipynb #c63df229
 @dataclass(frozen=True)
 class Recipe:
-    "The hyper-parameters that the runs of a grid share; see settings.ini for their origins."
+    "The hyper-parameters that the runs of a grid share; settings.ini has their origins."
     epochs: int # real images only, full-shot
     few_epochs: int # real images only, few-shot
     mixed_epochs: int # real and synthetic images
-    stage1: FinetuneSpec # without mixup
+    stage1_epochs: int
+    stage1_lr: float
     mixup: float # α, in stage 1 of bridged++
-    batch: int
+    batch: int # images a step
     momentum: float
     weight_decay: float
 
-    def stage1_of(self, name: str) -> FinetuneSpec: # name: a key of `PIPELINES`
+    def stage1(self, name: str, augment: Augment) -> FinetuneSpec: # name: a key of `PIPELINES`
         "The first stage's training, with mixup where the pipeline has it."
-        return FinetuneSpec(**{**vars(self.stage1), "mixup": self.mixup if pipeline(name).mixup else 0.})
+        return FinetuneSpec(self.stage1_lr, self.stage1_epochs, self.batch, self.momentum, self.weight_decay, self.mixup if pipeline(name).mixup else 0., augment)
 
     def epochs_of(self, name: str, shots: int) -> int: # shots: 0 is full
         "Epochs of the stage that sees real images."
         return self.mixed_epochs if pipeline(name).mixed else self.few_epochs if shots else self.epochs
 
-def recipe_of(s, # settings of a profile
-              augment, # the `Augment` of the dataset
-             ) -> Recipe:
+def recipe_of(settings) -> Recipe: # settings: of a profile, from `load_settings`
     "The hyper-parameters of a profile."
-    stage1 = FinetuneSpec(s.stage1_lr, s.stage1_epochs, s.batch, s.momentum, s.weight_decay, augment=augment)
-    return Recipe(s.epochs, s.few_epochs, s.mixed_epochs, stage1, s.mixup, s.batch, s.momentum, s.weight_decay)
+    return Recipe(**{f.name: getattr(settings, f.name) for f in fields(Recipe)})
+
+# %% ../nbs/09_transfer.ipynb #1434c7fc
+@dataclass(frozen=True, eq=False)
+class Task:
+    "A dataset and an architecture, and how its runs are trained."
+    info: DatasetInfo
+    train: Images # all real training images
+    test: Images # what is measured on
+    arch: str
+    recipe: Recipe
+    per_class: int # synthetic images per class
+    split: str = "test" # what `test` is: "test" or "validation"
+
+    def bridge(self, name: str, seed: int, synthetic: str) -> BridgeSpec: # synthetic: hash of the seed's set
+        "The bridge that a pipeline starts stage 2 from."
+        return BridgeSpec(self.arch, backbone_digest(self.arch), synthetic, self.per_class, seed, self.recipe.stage1(name, self.info.augment))
+
+    def spec(self, name: str, shots: int, seed: int, lr: float, synthetic: str) -> TransferSpec: # shots: 0 is full
+        "A point of the grid."
+        p, r, uses = pipeline(name), self.recipe, pipeline(name).mixed or pipeline(name).bridged
+        return TransferSpec(self.info.name, f"{self.train.digest}-{self.test.digest}", self.arch, backbone_digest(self.arch), name, shots, seed, lr,
+                            r.epochs_of(name, shots), r.batch, r.momentum, r.weight_decay, vars(self.info.augment), self.info.metric, self.split,
+                            synthetic if uses else "", self.per_class if uses else 0, spec_hash(self.bridge(name, seed, synthetic)) if p.bridged else "")
+
+# %% ../nbs/09_transfer.ipynb #6a978ea3
+def run_task(task: Task,
+             spec: TransferSpec, # from `task.spec`
+             synthetic: Images | None, # the seed's synthetic images; None if the pipeline uses none
+             bridges: str | Path, # folder that keeps the bridges
+             device: str = "cpu",
+             label: str | None = None, # of the progress bars; None shows none
+            ) -> tuple: # the model, and a result of JSON values
+    "One run, from its images to its result."
+    if synthetic is None and spec.synthetic: raise ValueError(f"Pipeline {spec.pipeline!r} needs synthetic images: generate some and pass them.")
+    real = few_shot(task.train, spec.shots, spec.seed) if spec.shots else task.train
+    bridge = make_bridge(task.bridge(spec.pipeline, spec.seed, spec.synthetic), synthetic, bridges, device, label and f"{label}, stage 1") if spec.bridge else None
+    return transfer(spec, real, task.test, task.info.augment, synthetic, bridge, device, label)
