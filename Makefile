@@ -29,9 +29,9 @@ env: $(STAMP) ## the environment in .venv, from requirements.lock; made once, an
 
 study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10
 	@$(WORKFLOW) study $(WITH)
-	@$(RUN) python -c 'from bridgexfer.records import show_table; from bridgexfer.settings import load_settings; \
-	  figures = load_settings("$(strip $(PROFILE))", figures="$(if $(NARROW),runs/figures)").figures_dir; \
-	  print(); show_table(figures/"tab2_pipelines.csv"); print(f"\nTables and figures: {figures}")'
+	@$(RUN) python -c 'import os; from bridgexfer.records import show_table; from bridgexfer.settings import load_settings; \
+	  figures = os.path.relpath(load_settings("$(strip $(PROFILE))", figures="$(if $(NARROW),runs/figures)").figures_dir); \
+	  print(); print(show_table(f"{figures}/tab2_pipelines.csv")); print(f"\nTables and figures: {figures}")'
 
 tune: $(STAMP) ## choose the learning rates on validation data: Table 5, which `make study` reads
 	@$(WORKFLOW) learning_rates $(WITH)

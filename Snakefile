@@ -10,7 +10,7 @@ import ast, json, os, re, shlex
 from functools import cache
 from pathlib import Path
 from snakemake.exceptions import WorkflowError
-from bridgexfer.artefacts import PACKAGE, code_hash, digest
+from bridgexfer.artefacts import PACKAGE, code_hash, digest, stable_hash
 from bridgexfer.datasets import dataset_info
 from bridgexfer.records import job_path
 from bridgexfer.settings import load_settings
@@ -48,6 +48,11 @@ def needs(notebook): # the hash of its code; the settings that it, or a module i
     words = named(code).union(*(named((PACKAGE/f"{m.replace('.', '/')}.py").read_text()) for m in modules if m != "settings"))
     return [code_hash(notebook), {k: repr(s.values[k]) for k in sorted(words & set(s.values) - SCOPE)}, digest(PACKAGE/"weights") if MINIATURE else ""]
 
+@cache
+def contents(dataset): # of a folder of the user's: it changes when an image does
+    files = sorted(p for p in Path(dataset).rglob("*") if p.is_file()) if Path(dataset).is_dir() else []
+    return stable_hash(*((p, p.stat().st_size, p.stat().st_mtime_ns) for p in files)) if files else ""
+
 def rates(): # the learning rates that `transfer` takes from the tuning
     if s.values.get("lr") != "tuned": return ""
     if not RATES.exists(): raise WorkflowError(f"{os.path.relpath(RATES)} is missing: run `make tune PROFILE={s.profile}` first, or set `lr` in settings.ini.")
@@ -67,6 +72,9 @@ PAPER = given(profile=s.profile, overrides=json.dumps(overrides) if overrides el
 def made(job): # the files that a job leaves, all of them
     return [f"{RUNS}/{job}/{n}.json" for n in (sorted(set(vocabulary.values())) if job == "generate" else GRID)]
 
+def figures(paper, flag=lambda path: path): # what a paper notebook leaves
+    return [flag(f"{FIGURES}/{paper}.{kind}") for kind in ("csv", "png", "pdf")]
+
 # ---- rules
 onstart:
     Path(RUNS, "notebooks").mkdir(parents=True, exist_ok=True)
@@ -78,10 +86,10 @@ wildcard_constraints:
 localrules: study, learning_rates
 
 rule study: # Tables 1 and 2, Figures 2, 3 and 10
-    input: [f"{FIGURES}/{p}.csv" for p, job in PAPERS.items() if job != "tune"]
+    input: [f for paper, job in PAPERS.items() if job != "tune" for f in figures(paper)]
 
 rule learning_rates: # Table 5, which `transfer` reads
-    input: f"{FIGURES}/tab5_learning_rates.csv"
+    input: figures("tab5_learning_rates")
 
 rule generate: # the synthetic images of a vocabulary, for all datasets with these class names
     message: "Generating images of the classes of {wildcards.vocabulary}"
@@ -99,7 +107,7 @@ rule transfer: # fine-tuning by all pipelines
     input: lambda w: f"{RUNS}/generate/{vocabulary[GRID[w.name][0]]}.json"
     output: f"{RUNS}/transfer/{{name}}.json"
     log: f"{RUNS}/logs/transfer-{{name}}.txt"
-    params: needs=lambda w: needs("nbs/jobs/transfer.ipynb"), rates=lambda w: rates(), on=lambda w: GRID[w.name]
+    params: needs=lambda w: needs("nbs/jobs/transfer.ipynb"), rates=lambda w: rates(), on=lambda w: [*GRID[w.name], contents(GRID[w.name][0])]
     threads: THREADS
     priority: 1
     resources: gpu=int(not MINIATURE)
@@ -111,7 +119,7 @@ rule transferability: # LEEP, with the bridges of `transfer`
     input: f"{RUNS}/transfer/{{name}}.json"
     output: f"{RUNS}/transferability/{{name}}.json"
     log: f"{RUNS}/logs/transferability-{{name}}.txt"
-    params: needs=lambda w: needs("nbs/jobs/transferability.ipynb"), on=lambda w: GRID[w.name]
+    params: needs=lambda w: needs("nbs/jobs/transferability.ipynb"), on=lambda w: [*GRID[w.name], contents(GRID[w.name][0])]
     threads: THREADS
     priority: 1
     resources: gpu=int(not MINIATURE)
@@ -122,7 +130,7 @@ rule tune: # the grid of learning rates, on validation data, with synthetic imag
     message: "Trying learning rates for {params.on[1]} on {params.on[0]}"
     output: f"{RUNS}/tune/{{name}}.json"
     log: f"{RUNS}/logs/tune-{{name}}.txt"
-    params: needs=lambda w: needs("nbs/jobs/tune.ipynb"), on=lambda w: GRID[w.name]
+    params: needs=lambda w: needs("nbs/jobs/tune.ipynb"), on=lambda w: [*GRID[w.name], contents(GRID[w.name][0])]
     threads: THREADS
     priority: 1
     resources: gpu=int(not MINIATURE)
@@ -132,9 +140,9 @@ rule tune: # the grid of learning rates, on validation data, with synthetic imag
 for paper, job in PAPERS.items(): # tables and figures, a rule each: the name of the notebook is a target
     rule:
         name: paper
-        message: "Writing {output}"
+        message: "Writing {params.paper}"
         input: made(job)
-        output: update(f"{FIGURES}/{paper}.csv") # kept while it is made anew, put back if that fails
+        output: *figures(paper, update) # they stay while they are made anew, and are put back if that fails
         log: f"{RUNS}/logs/{paper}.txt"
         params: paper=paper, needs=lambda w, notebook=f"nbs/paper/{paper}.ipynb": needs(notebook)
         shell: "{RUN} nbs/paper/{params.paper}.ipynb {RUNS}/notebooks/{params.paper}.ipynb {PAPER} > {log} 2>&1"

@@ -60,7 +60,7 @@ def test_kill_and_resume(model, pipe, tmp_path, one_thread):
     command = [sys.executable, "-c", WORKER, json.dumps([model, DIGITS, str(tmp_path / "killed"), fields])]
     worker = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     folder = tmp_path / "killed" / spec_hash(spec)
-    until = time.time() + 120
+    until = time.time() + 300
     while not shard_path(folder, 0).exists() and worker.poll() is None and time.time() < until:
         time.sleep(0.01)
     time.sleep(0.05)  # into the next shard

@@ -1,0 +1,84 @@
+"""Splits and subsets: nothing overlaps, few-shot subsets nest, mistakes are named with the choices."""
+import numpy as np
+import pytest
+from PIL import Image
+
+from bridgexfer.datasets import DATASETS, as_images, dataset_info, few_shot, hold_out, load_dataset, measure
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_train_validation_and_test_do_not_overlap(name):
+    data = load_dataset(name)
+    fit, validation = hold_out(data.train, 0.2, seed=3)
+    assert sorted([*fit.rows, *validation.rows]) == list(range(len(data.train)))
+    train, test = ({i.tobytes() for i in part.pixels} for part in (data.train, data.test))
+    assert len(train & test) <= 1  # the scans hold one pair of equal images at most
+
+
+def test_scans_of_test_are_not_in_train_of_the_photo_variant():
+    plain, photo = load_dataset("digits"), load_dataset("digits-photo")
+    assert np.array_equal(plain.train.labels, photo.train.labels) and np.array_equal(plain.test.labels, photo.test.labels)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_few_shot_subsets_nest_and_are_balanced(name, seed):
+    train = load_dataset(name).train
+    subsets = [few_shot(train, k, seed) for k in (1, 2, 4, 8, 16)]
+    for small, large in zip(subsets, subsets[1:]): assert set(small.rows) < set(large.rows)
+    for k, subset in zip((1, 2, 4, 8, 16), subsets): assert (np.bincount(subset.labels) == k).all()
+    assert set(subsets[2].rows) != set(few_shot(train, 4, seed + 7).rows)
+
+
+def test_the_same_images_every_time():
+    for name in DATASETS: assert load_dataset(name).test.digest == load_dataset(name).test.digest
+    assert len({load_dataset(n).train.digest for n in DATASETS}) == len(DATASETS)
+
+
+def test_held_out_share_is_kept_in_every_class():
+    images = as_images(np.zeros((103, 2, 2, 3)), [0] * 100 + [1] * 2 + [2], "abc")
+    fit, validation = hold_out(images, 0.2, seed=0)
+    assert np.bincount(validation.labels, minlength=3).tolist() == [20, 1, 0] and np.bincount(fit.labels).tolist() == [80, 1, 1]
+
+
+def test_mistakes_name_the_choices():
+    with pytest.raises(ValueError, match="digits, digits-photo, greek"): dataset_info("mnist")
+    with pytest.raises(ValueError, match="choose 1 to 40"): few_shot(load_dataset("greek").train, 41, 0)
+    with pytest.raises(ValueError, match="choose 1 to"): few_shot(load_dataset("greek").train, 0, 0)
+    with pytest.raises(ValueError, match="top1, mean_per_class"): measure(np.zeros(2), np.zeros(2), "f1")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split in ("train", "test"):
+        for name in ("red_fox", "owl"):
+            (tmp_path/split/name).mkdir(parents=True)
+            for i in range(3): Image.new("RGB", (20 + i, 30), (i * 40, 0, 0)).save(tmp_path/split/name/f"{i}.png")
+    return tmp_path
+
+
+def test_a_folder_of_images(folder):
+    data = load_dataset(str(folder), side=16)
+    assert data.info.names == ("owl", "red fox") and data.train.pixels.shape == (6, 16, 16, 3)
+
+
+def test_damaged_and_missing_images_are_named(folder):
+    good = folder/"train"/"owl"/"1.png"
+    good.write_bytes(good.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"1\.png cannot be read"): load_dataset(str(folder))
+    for image in (folder/"test"/"owl").iterdir(): image.unlink()
+    good.unlink()
+    with pytest.raises(ValueError, match="no images for owl"): load_dataset(str(folder))
+    (folder/"test"/"owl").rmdir()
+    with pytest.raises(ValueError, match="differ in the classes owl"): load_dataset(str(folder))
+    (folder/"test"/"red_fox").rename(folder/"elsewhere")
+    (folder/"test").rmdir()
+    with pytest.raises(FileNotFoundError, match="test is missing"): load_dataset(str(folder))
+
+
+def test_upright_by_exif(tmp_path):
+    image = Image.new("RGB", (8, 8)); image.paste((255, 0, 0), (0, 0, 8, 4)) # red above
+    exif = Image.Exif(); exif[0x0112] = 3 # to be shown upside down
+    image.save(tmp_path/"a.png", exif=exif)
+    from bridgexfer.datasets import read_image
+    assert read_image(tmp_path/"a.png", 8)[7, 0].tolist() == [255, 0, 0]

@@ -1,0 +1,170 @@
+"""Transfer: what is shared is found again, what has changed is not, and nothing is chosen on test images."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bridgexfer import backbones
+from bridgexfer.artefacts import spec_hash
+from bridgexfer.backbones import ARCHS, backbone_digest, create_backbone, predict
+from bridgexfer.datasets import GLYPHS, as_images, hold_out, load_dataset
+from bridgexfer.finetune import FinetuneSpec, NonFiniteLoss, finetune
+from bridgexfer.miniature.typeset import DIGITS, corpus
+from bridgexfer.transfer import PIPELINES, Recipe, Task, load_bridge, make_bridge, pipeline, run_task
+
+ARCH = "mini_resnet10"
+RECIPE = Recipe(epochs=1, few_epochs=2, mixed_epochs=1, stage1_epochs=1, stage1_lr=0.03, mixup=0.2, batch=64, momentum=0.9, weight_decay=5e-4)
+
+
+@pytest.fixture(scope="module")
+def synthetic():
+    pixels, labels, _ = corpus(200, DIGITS, seed=0)
+    return as_images(pixels, labels, DIGITS.values())
+
+
+@pytest.fixture(scope="module")
+def task():
+    data = load_dataset("digits")
+    return Task(data.info, data.train.take(np.arange(300)), data.test.take(np.arange(100)), ARCH, RECIPE, per_class=20)
+
+
+def run(task, name, synthetic, root, shots=4, seed=0, lr=0.03):
+    return run_task(task, task.spec(name, shots, seed, lr, synthetic.digest), synthetic, root)
+
+
+def weights(model): return torch.cat([p.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("arch", [a for a, b in ARCHS.items() if b.shipped])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_pipeline_runs_with_every_shipped_backbone(task, synthetic, tmp_path, arch, name):
+    _, result = run(replace(task, arch=arch), name, synthetic, tmp_path)
+    assert 0 <= result["accuracy"] <= 1 and len(result["predictions"]) == 100
+    assert [e["epoch"] for e in result["curve"]] == list(range(1, RECIPE.epochs_of(name, 4) + 1))
+    json.dumps(result, allow_nan=False)
+
+
+def test_bridges_are_shared_by_shots_rates_and_fc_reinit(task, synthetic, tmp_path):
+    for name, shots, lr in (("bridged", 4, 0.03), ("bridged", 0, 0.03), ("bridged_fc", 4, 0.01)): run(task, name, synthetic, tmp_path, shots, lr=lr)
+    assert len(list(tmp_path.iterdir())) == 1
+    run(task, "bridged_pp", synthetic, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    run(task, "bridged", synthetic, tmp_path, seed=1)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_anything_that_changes_makes_another_bridge_and_another_record(task, synthetic, monkeypatch, tmp_path):
+    def addresses(t, hash_="a"): return spec_hash(t.bridge("bridged", 0, hash_)), spec_hash(t.spec("bridged", 0, 0, 0.03, hash_))
+    base = addresses(task)
+    assert base == addresses(task)
+    changed = [addresses(replace(task, recipe=replace(RECIPE, **{k: v}))) for k, v in dict(stage1_epochs=2, stage1_lr=0.1, momentum=0.8, batch=32, weight_decay=0.).items()]
+    changed += [addresses(task, "b"), addresses(replace(task, per_class=10)), addresses(replace(task, info=replace(task.info, augment=replace(GLYPHS, flip=True))))]
+    retrained = (backbones.SHIPPED/f"{ARCH}.safetensors").read_bytes()
+    (tmp_path/f"{ARCH}.safetensors").write_bytes(retrained[:-1] + bytes([retrained[-1] ^ 1]))
+    with monkeypatch.context() as m:
+        m.setattr(backbones, "SHIPPED", tmp_path)
+        changed.append(addresses(task))
+    assert len(set(changed) | {base}) == len(changed) + 1
+    assert all(b != base[0] and r != base[1] for b, r in changed)
+
+
+def test_the_result_does_not_depend_on_the_test_images(task, synthetic, tmp_path):
+    "No epoch and no rate is chosen on test: with other test images and labels the trained weights are the same bits."
+    other = replace(task, test=as_images(255 - task.test.pixels, np.roll(task.test.labels, 7), task.test.names))
+    for name in ("vanilla", "bridged_pp"):
+        (a, _), (b, _) = run(task, name, synthetic, tmp_path), run(other, name, synthetic, tmp_path)
+        assert torch.equal(weights(a), weights(b))
+
+
+def test_what_is_reported_is_the_model_after_its_last_epoch(task, synthetic, tmp_path):
+    model, result = run(task, "mixed", synthetic, tmp_path)
+    guesses = predict(model, task.test, ARCH).argmax(1)
+    assert guesses.tolist() == result["predictions"] and result["accuracy"] == np.mean(guesses == task.test.labels)
+
+
+def test_the_tuning_job_never_measures_on_test(tmp_path):
+    "Its records say so, and their labels are those of the validation part."
+    from bridgexfer.settings import find_settings
+    root = find_settings().parent
+    settings = json.dumps(dict(runs=str(tmp_path), pipelines="vanilla bridged", images="20"))
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "nbs/jobs/tune.ipynb", str(tmp_path/"out.ipynb"), "-p", "overrides", settings]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = [json.loads(p.read_text()) for p in (tmp_path/"smoke"/"records"/"tune").glob("*.json")]
+    fit, validation = hold_out(load_dataset("digits").train, 0.2, seed=100)
+    assert len(records) == 4
+    for r in records:
+        assert r["spec"]["split"] == "validation" and r["spec"]["data"] == f"{fit.digest}-{validation.digest}"
+        assert r["result"]["labels"] == validation.labels.tolist()
+
+
+def test_the_same_seed_gives_the_same_bits(task, synthetic, tmp_path):
+    a, b, c = (run(task, "bridged_pp", synthetic, tmp_path/str(i), seed=s)[0] for i, s in ((0, 0), (1, 0), (2, 1)))
+    assert torch.equal(weights(a), weights(b)) and not torch.equal(weights(a), weights(c))
+
+
+def test_a_loss_that_is_not_finite_leaves_nothing(task, synthetic, tmp_path):
+    wild = replace(task, recipe=replace(RECIPE, stage1_lr=1e20, stage1_epochs=3))
+    with pytest.raises(NonFiniteLoss, match="choose a smaller one"): run(wild, "bridged", synthetic, tmp_path)
+    assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_killed_stage_1_is_made_again(task, synthetic, tmp_path):
+    "SIGKILL while the bridge is trained: what is left is no bridge, and the next call makes the one that an undisturbed run makes."
+    code = f"""
+import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+import numpy as np
+import test_transfer as t
+from dataclasses import replace
+from bridgexfer.miniature.typeset import DIGITS, corpus
+from bridgexfer.datasets import as_images, load_dataset
+pixels, labels, _ = corpus(200, DIGITS, seed=0)
+data = load_dataset("digits")
+task = t.Task(data.info, data.train, data.test, t.ARCH, replace(t.RECIPE, stage1_epochs=500), per_class=20)
+print("training", flush=True)
+t.run(task, "bridged", as_images(pixels, labels, DIGITS.values()), {str(tmp_path/"a")!r})
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "training\n"
+    time.sleep(2)
+    child.send_signal(signal.SIGKILL); child.wait()
+    assert not list(tmp_path.rglob("bridge.json"))
+    spec = task.bridge("bridged", 0, synthetic.digest)
+    (tmp_path/"a"/spec_hash(spec)).mkdir(parents=True)
+    (tmp_path/"a"/spec_hash(spec)/"model.safetensors").write_bytes(b"half")
+    a, b = (load_bridge(make_bridge(spec, synthetic, tmp_path/f), ARCH, 10) for f in ("a", "b"))
+    assert torch.equal(weights(a), weights(b))
+
+
+def test_mixup_zero_is_no_mixup_and_mixup_changes_training(synthetic):
+    def end(alpha):
+        model = create_backbone(ARCH, 10)
+        finetune(model, synthetic, FinetuneSpec(0.03, 1, mixup=alpha, augment=GLYPHS), ARCH, seed=0)
+        return weights(model)
+    assert torch.equal(end(0.), end(0.)) and not torch.equal(end(0.), end(0.2))
+
+
+def test_odd_batches_are_trained_on(synthetic):
+    for n in (2, 63, 65):
+        assert len(finetune(create_backbone(ARCH, 10), synthetic.take(np.arange(n)), FinetuneSpec(0.01, 2, augment=GLYPHS), ARCH, seed=0)) == 2
+
+
+def test_mistakes_name_the_choices(task, synthetic):
+    with pytest.raises(ValueError, match="vanilla, mixed, bridged, bridged_fc, bridged_pp"): pipeline("bridge")
+    with pytest.raises(ValueError, match="mini_resnet10, mini_resnet18, mini_vit, resnet18"): create_backbone("resnet99")
+    with pytest.raises(ValueError, match="choose 1 to"): run(task, "vanilla", synthetic, "unused", shots=999)
+    with pytest.raises(ValueError, match="needs synthetic images"): run_task(task, task.spec("mixed", 4, 0, 0.03, "x"), None, "unused")
+    with pytest.raises(ValueError, match="class names, their order"):
+        run(task, "mixed", as_images(synthetic.pixels, synthetic.labels, tuple("abcdefghij")), "unused")
+    with pytest.raises(ValueError, match="lr > 0"): FinetuneSpec(lr=0, epochs=1)
+
+
+def test_backbone_digests_differ():
+    assert len({backbone_digest(a) for a in ARCHS}) == len(ARCHS)
