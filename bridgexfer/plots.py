@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLORS', 'MARKERS', 'DASHES', 'WIDTH', 'theme', 'panels', 'legend', 'save_table', 'save_figure']
 
-# %% ../nbs/14_plots.ipynb #5ed38fdf
+# %% ../nbs/14_plots.ipynb #53b7b3aa
+from contextlib import AbstractContextManager
 from math import ceil
 from pathlib import Path
 import matplotlib as mpl
@@ -20,10 +21,10 @@ COLORS = {"vanilla": "#000000", "mixed": "#DE8100", "bridged": "#74BDEB", "bridg
 MARKERS = {"vanilla": "o", "mixed": "X", "bridged": "s", "bridged_fc": "^", "bridged_pp": "D"}
 DASHES = {"vanilla": "--", "mixed": ":", "bridged": "-", "bridged_fc": (0, (4, 1, 1, 1)), "bridged_pp": (0, (6, 1))}
 
-# %% ../nbs/14_plots.ipynb #a7d583eb
+# %% ../nbs/14_plots.ipynb #a295f3a4
 WIDTH = 5.5 # inches, of a figure and of the text around it
 
-def theme() -> "contextlib.AbstractContextManager": # for `with`
+def theme() -> AbstractContextManager: # for `with`
     "The look of all figures."
     small = {k: 7 for k in ("xtick.labelsize", "ytick.labelsize", "legend.fontsize")}
     sizes = {**{k: 8 for k in ("font.size", "axes.labelsize", "axes.titlesize", "legend.title_fontsize", "figure.titlesize", "figure.labelsize")}, **small}
