@@ -18,7 +18,7 @@ CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
 WORKFLOW = $(RUN) snakemake --profile profiles/local
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG))
 
-.PHONY: help env study tune test check lab miniature clean
+.PHONY: help env study tune test check lab readme cost miniature clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,6 +44,13 @@ check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules 
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab nbs
+
+readme: $(STAMP) ## write README.md from nbs/index.ipynb
+	@$(RUN) python docs/readme.py
+
+cost: $(STAMP) ## time the two commands in a fresh clone of the last commit, and take over its figures (25 minutes)
+	@mkdir -p runs
+	@$(RUN) papermill --engine ipc --log-output nbs/benchmarks/two_commands.ipynb runs/two_commands.ipynb -p commands "study study test" -p out "$(CURDIR)/figures"
 
 # The sizes stand in settings.ini, section [weights].
 size  = $(shell sed -n 's/^$(1)  *= *\([0-9]*\).*/\1/p' settings.ini)

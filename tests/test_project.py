@@ -17,6 +17,8 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT/"nbs").glob("*.ipynb"))
 MINIATURE = sorted((ROOT/"nbs/miniature").glob("*.ipynb"))
+BENCHMARKS = sorted((ROOT/"nbs/benchmarks").glob("*.ipynb"))
+INDEX = ROOT/"nbs/index.ipynb"
 JOBS = sorted((ROOT/"nbs/jobs").glob("*.ipynb"))
 PAPER = sorted((ROOT/"nbs/paper").glob("*.ipynb"))
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -201,7 +203,13 @@ def test_snakefile_knows_every_job_and_paper_notebook():
     assert {p for p in re.findall(r'"(\w+)": "', papers)} == {p.stem for p in PAPER}
 
 
-@pytest.mark.parametrize("notebook", [*LIBRARY, *MINIATURE], ids=name)
+@pytest.mark.parametrize("notebook", [n for n in [*LIBRARY, *MINIATURE, *BENCHMARKS] if n != INDEX], ids=name)
 def test_notebook_runs(notebook):
     done = run("nbdev-test", notebook, "--n-workers", 0)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_readme_is_what_its_notebook_gives():
+    "Runs nbs/index.ipynb, with the lines for a user's own images."
+    done = run(sys.executable, "docs/readme.py", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
