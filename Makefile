@@ -37,7 +37,7 @@ tune: $(STAMP) ## choose the learning rates on validation data: Table 5, which `
 	@$(WORKFLOW) learning_rates $(WITH)
 
 test: $(STAMP) ## every test: modules, notebooks, jobs (about 5 minutes)
-	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported
 	@$(RUN) python -m pytest tests/test_project.py -k "not runs"
@@ -54,7 +54,7 @@ cost: $(STAMP) ## time the two commands in a fresh clone of the last commit, and
 
 # The sizes stand in settings.ini, section [weights].
 size  = $(shell sed -n 's/^$(1)  *= *\([0-9]*\).*/\1/p' settings.ini)
-build = @mkdir -p runs/weights && $(RUN) papermill --log-output nbs/miniature/$(1).ipynb runs/weights/$(1).ipynb \
+build = @mkdir -p runs/weights && $(RUN) papermill --engine ipc --log-output nbs/miniature/$(1).ipynb runs/weights/$(1).ipynb \
   -p out "$(CURDIR)/bridgexfer/weights" $(if $(2),-p images $(call size,web_images) -p steps $(call size,$(2)))
 
 miniature: $(STAMP) ## train the shipped weights again (hours on two cores); everything made with the old ones is made anew
