@@ -17,18 +17,18 @@ from .backbones import autocast, backbone, input_stats
 from .datasets import Augment, Images
 from .loading import train_batches
 
-# %% ../nbs/08_finetune.ipynb #45c57367
+# %% ../nbs/08_finetune.ipynb #04adca34
 @dataclass(frozen=True)
 class FinetuneSpec:
     "Everything that decides the course of a fine-tuning, besides model, images and seed."
     lr: float # at the start; it falls to 0 along a cosine
     epochs: int # passes over the images
-    batch: int = 64 # images a step
+    batch: int = 64 # images a step, at most
     momentum: float = 0.9
     weight_decay: float = 5e-4
     mixup: float = 0. # α of the Beta distribution; 0 is no mixup
     augment: Augment = Augment()
-    version: int = 1 # of the method: a change of the loop's meaning counts it up
+    version: int = 2 # of the method: a change of the loop's meaning counts it up
 
     def __post_init__(self):
         if not (self.lr > 0 and self.epochs >= 1 and self.batch >= 1 and self.mixup >= 0):
@@ -45,7 +45,7 @@ def mix(x: torch.Tensor, # (n, 3, side, side)
     lam, partner = float(rng.beta(alpha, alpha)), torch.from_numpy(rng.permutation(len(x))).to(x.device)
     return lam * x + (1 - lam) * x[partner], y[partner], lam
 
-# %% ../nbs/08_finetune.ipynb #3617a09d
+# %% ../nbs/08_finetune.ipynb #72e6490e
 class NonFiniteLoss(ArithmeticError):
     "Training went to infinity or NaN; there is no result."
 
@@ -60,7 +60,7 @@ def finetune(model: nn.Module, # trained in place
     "Train all layers; the last epoch is the result."
     model = model.to(device, memory_format=torch.channels_last).train()
     opt = torch.optim.SGD(model.parameters(), spec.lr, spec.momentum, weight_decay=spec.weight_decay)
-    steps = spec.epochs * max(1, len(range(0, len(images), spec.batch)) - (len(images) % spec.batch == 1))
+    steps = spec.epochs * -(-len(images) // spec.batch)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     rng, mixer = torch.Generator().manual_seed(stable_hash(seed, "order")), np.random.default_rng(stable_hash(seed, "mixup"))
     bar, curve = tqdm(total=spec.epochs * len(images), desc=label, unit="image", unit_scale=True, disable=label is None, mininterval=2), []

@@ -53,9 +53,9 @@ def normalise(x: torch.Tensor, # (n, 3, h, w) in [0, 1]
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/06_loading.ipynb #8c94c574
+# %% ../nbs/06_loading.ipynb #a3b86be3
 def train_batches(images: Images, # what to train on
-                  batch: int, # images a batch
+                  batch: int, # images a batch, at most
                   side: int, # of the training images, pixels
                   augment: Augment,
                   rng: torch.Generator, # order, boxes and flips follow from it
@@ -63,8 +63,7 @@ def train_batches(images: Images, # what to train on
                   device: str = "cpu",
                  ) -> Iterator: # of (batch, 3, side, side) float32 and (batch,) int64
     "One shuffled, augmented pass over the images."
-    for at in torch.randperm(len(images), generator=rng).split(batch):
-        if len(at) == 1 and len(images) > 1: continue
+    for at in torch.randperm(len(images), generator=rng).tensor_split(-(-len(images) // batch)):
         boxes, flip = random_boxes(len(at), augment, rng), torch.rand(len(at), generator=rng) < 0.5 * augment.flip
         x = crop(to_float(images.pixels[at.numpy()], device), boxes, flip, side)
         yield normalise(x, mean, std), torch.from_numpy(images.labels[at.numpy()]).to(device)

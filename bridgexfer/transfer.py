@@ -78,7 +78,7 @@ def make_bridge(spec: BridgeSpec,
     write_json(folder/"bridge.json", dict(spec=as_dict(spec), curve=curve, seconds=round(time() - started, 2)))
     return folder
 
-# %% ../nbs/09_transfer.ipynb #7e3fb2e0
+# %% ../nbs/09_transfer.ipynb #de32c031
 @dataclass(frozen=True)
 class TransferSpec:
     "What makes a result."
@@ -100,7 +100,7 @@ class TransferSpec:
     synthetic: str = "" # hash of the synthetic set
     per_class: int = 0 # images per class taken from it
     bridge: str = "" # hash of the stage-1 checkpoint
-    version: int = 1 # of the method
+    version: int = 2 # of the method
 
 # %% ../nbs/09_transfer.ipynb #5ad3ce58
 def start_of(name: str, # a key of `PIPELINES`
