@@ -86,10 +86,10 @@ wildcard_constraints:
 localrules: study, learning_rates
 
 rule study: # Tables 1 and 2, Figures 2, 3 and 10
-    input: [f for paper, job in PAPERS.items() if job != "tune" for f in figures(paper)]
+    input: [f for paper, job in PAPERS.items() if job != "tune" for f in [*figures(paper), *made(job)]] # the figures alone come with a clone
 
 rule learning_rates: # Table 5, which `transfer` reads
-    input: figures("tab5_learning_rates")
+    input: figures("tab5_learning_rates"), made("tune")
 
 rule generate: # the synthetic images of a vocabulary, for all datasets with these class names
     message: "Generating images of the classes of {wildcards.vocabulary}"

@@ -114,6 +114,15 @@ def test_second_call_finds_everything_again(first):
     assert again.endswith(table) and "Bridged++" in table
 
 
+def test_figures_that_came_with_a_clone_are_made_anew(clone):
+    runs, state = clone.folder/"runs"/"smoke", clone.folder/".snakemake"
+    for folder in (runs, state): folder.rename(folder.with_name(f"{folder.name}.away"))
+    try: assert clone.would_run()[0] == EVERYTHING
+    finally:
+        shutil.rmtree(state, ignore_errors=True)
+        for folder in (runs, state): folder.with_name(f"{folder.name}.away").rename(folder)
+
+
 def test_prose_reruns_nothing(clone):
     for notebook in [*clone.folder.glob("nbs/jobs/*.ipynb"), *clone.folder.glob("nbs/paper/*.ipynb")]:
         clone.edit(notebook, add_cell("markdown", "More prose."))
