@@ -40,7 +40,7 @@ test: $(STAMP) ## every test: modules, notebooks, jobs (about 5 minutes)
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported
-	@$(RUN) python -m pytest tests/test_project.py -k "not runs"
+	@$(RUN) python -m pytest tests/test_project.py -k "not runs and not readme"
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab nbs
