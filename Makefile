@@ -36,7 +36,7 @@ study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10
 tune: $(STAMP) ## choose the learning rates on validation data: Table 5, which `make study` reads
 	@$(WORKFLOW) learning_rates $(WITH)
 
-test: $(STAMP) ## every test: modules, notebooks, jobs (about 5 minutes)
+test: $(STAMP) ## every test: modules, notebooks, jobs (up to 10 minutes on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported
