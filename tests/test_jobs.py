@@ -35,7 +35,7 @@ class Clone:
 
     def make(self, *words, ok=True):
         "Call make; the environment counts as made."
-        done = subprocess.run(["make", "-o", ".venv/.complete", *words], cwd=self.folder, env=self.env,
+        done = subprocess.run(["make", "--no-print-directory", "-o", ".venv/.complete", *words], cwd=self.folder, env=self.env,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
         assert (done.returncode == 0) == ok, done.stdout
         return done.stdout
