@@ -70,7 +70,7 @@ def untrained(arch: str, # a key of `ARCHS` or a timm model
     b = backbone(arch)
     return timm.create_model(b.timm_name, pretrained=False, num_classes=classes, **b.options)
 
-# %% ../nbs/07_backbones.ipynb #4490cead
+# %% ../nbs/07_backbones.ipynb #d439cb54
 def create_backbone(arch: str, # a key of `ARCHS` or a timm model
                     classes: int | None = None, # of a fresh head; None keeps the source's
                     seed: int = 0, # of a fresh head
@@ -78,7 +78,7 @@ def create_backbone(arch: str, # a key of `ARCHS` or a timm model
     "A pre-trained timm model."
     b = backbone(arch)
     if b.shipped:
-        model = untrained(arch, b.source_classes)
+        with torch.random.fork_rng(devices=[]): model = untrained(arch, b.source_classes)
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(SHIPPED/f"{arch}.safetensors").items()})
     else:
         try: model = timm.create_model(b.timm_name, pretrained=True, **b.options)
