@@ -20,6 +20,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'bridgexfer.backbones.backbone': ('backbones.html#backbone', 'bridgexfer/backbones.py'),
                                       'bridgexfer.backbones.backbone_digest': ('backbones.html#backbone_digest', 'bridgexfer/backbones.py'),
                                       'bridgexfer.backbones.create_backbone': ('backbones.html#create_backbone', 'bridgexfer/backbones.py'),
+                                      'bridgexfer.backbones.features': ('backbones.html#features', 'bridgexfer/backbones.py'),
                                       'bridgexfer.backbones.input_stats': ('backbones.html#input_stats', 'bridgexfer/backbones.py'),
                                       'bridgexfer.backbones.predict': ('backbones.html#predict', 'bridgexfer/backbones.py'),
                                       'bridgexfer.backbones.reset_head': ('backbones.html#reset_head', 'bridgexfer/backbones.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'ARCHS', 'Backbone', 'backbone', 'backbone_digest', 'reset_head', 'untrained', 'create_backbone',
-           'input_stats', 'autocast', 'predict']
+           'input_stats', 'autocast', 'predict', 'features']
 
 # %% ../nbs/08_backbones.ipynb #4d52f70e
 from dataclasses import dataclass, field
@@ -93,7 +93,7 @@ def input_stats(arch: str) -> dict: # keyword arguments `mean`, `std`
     cfg = timm.get_pretrained_cfg(b.timm_name)
     return dict(mean=tuple(cfg.mean), std=tuple(cfg.std))
 
-# %% ../nbs/08_backbones.ipynb #42794ded
+# %% ../nbs/08_backbones.ipynb #be7cd955
 def autocast(device: str): # a context
     "bfloat16 where matrices are multiplied: the fast setting on GPUs and on the CPUs of today."
     return torch.autocast(torch.device(device).type, torch.bfloat16)
@@ -110,3 +110,17 @@ def predict(model: nn.Module, # a classifier
     with autocast(device):
         logits = [model(x).float().cpu() for x in eval_batches(images, batch, backbone(arch).side, **input_stats(arch), device=device)]
     return torch.cat(logits).softmax(1).numpy()
+
+@torch.inference_mode()
+def features(model: nn.Module, # any timm model
+             images: Images,
+             arch: str, # whose size and normalisation apply
+             batch: int = 256, # images a batch
+             device: str = "cpu",
+            ) -> np.ndarray: # (n, d) float32
+    "What the head reads: pooled features of images, in their order, with the model in evaluation mode."
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    with autocast(device):
+        found = [model.forward_head(model.forward_features(x), pre_logits=True).float().cpu()
+                 for x in eval_batches(images, batch, backbone(arch).side, **input_stats(arch), device=device)]
+    return torch.cat(found).numpy()
