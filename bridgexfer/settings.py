@@ -20,9 +20,11 @@ def find_settings(start: str | Path = ".") -> Path: # path of the nearest settin
         if (folder/"settings.ini").exists(): return folder/"settings.ini"
     raise FileNotFoundError(f"No settings.ini in {Path(start).resolve()} or above: run from inside a clone of the study.")
 
-# %% ../nbs/00_settings.ipynb #b4b6e76e
+# %% ../nbs/00_settings.ipynb #568b5aa2
 COMMON, WEIGHTS = "study", "weights" # sections that are no profiles
-LISTS = ("datasets", "archs", "pipelines", "shots", "seeds", "lrs")
+LISTS = ("datasets", "archs", "pipelines", "shots", "seeds", "lrs", "few_shots", "volumes", "volume_datasets", "guidances", "guidance_datasets",
+         "style_datasets", "style_shots", "class_datasets", "class_shots", "more_archs", "arch_pipelines", "arch_style_datasets",
+         "fixed_datasets", "clip_datasets", "clip_shots", "mixed_images")
 
 def parse(text: str): # int, float or str
     "A word as the number it spells, or as itself."
