@@ -119,7 +119,7 @@ def read_jobs(folder: str | Path, # the profile's runs
     return to_frame([r for p in paths for r in read_job(p)])
 
 # %% ../nbs/15_records.ipynb #ac7f2ed7
-def published(table: str, # "tab1", "tab2" or "tab5"
+def published(table: str, # "tab1" to "tab7", or "text" for numbers that stand in no table
               start: str | Path = ".", # a folder inside the clone
              ) -> pd.DataFrame: # columns dataset, row, value, spread, note
     "The numbers that the paper prints in a table."
