@@ -20,7 +20,7 @@ def find_settings(start: str | Path = ".") -> Path: # path of the nearest settin
         if (folder/"settings.ini").exists(): return folder/"settings.ini"
     raise FileNotFoundError(f"No settings.ini in {Path(start).resolve()} or above: run from inside a clone of the study.")
 
-# %% ../nbs/00_settings.ipynb #568b5aa2
+# %% ../nbs/00_settings.ipynb #a660f232
 COMMON, WEIGHTS = "study", "weights" # sections that are no profiles
 LISTS = ("datasets", "archs", "pipelines", "shots", "seeds", "lrs", "few_shots", "volumes", "volume_datasets", "guidances", "guidance_datasets",
          "style_datasets", "style_shots", "class_datasets", "class_shots", "more_archs", "arch_pipelines", "arch_style_datasets",
@@ -35,14 +35,15 @@ def parse(text: str): # int, float or str
 
 def parse_value(key: str, # decides whether it is a list
                 text: str, # what stands behind `=`
-               ) -> tuple: # value, origin or None
-    "A setting's value and its origin."
-    value, _, origin = (part.strip() for part in text.partition("|"))
+               ) -> tuple: # value, origin or None, reason or None
+    "A setting's value, its origin, and the reason for it."
+    value, origin, reason = (part.strip() for part in [*text.split("|", 2), "", ""][:3])
     if origin and origin not in ORIGINS:
         raise ValueError(f"settings.ini: {key} has origin {origin!r}; choose one of {', '.join(ORIGINS)}.")
-    return (tuple(parse(w) for w in value.split()) if key in LISTS else parse(value)), origin or None
+    if reason and not origin: raise ValueError(f"settings.ini: {key} has a reason and no origin; write `{key} = {value} | assumed | {reason}`.")
+    return (tuple(parse(w) for w in value.split()) if key in LISTS else parse(value)), origin or None, reason or None
 
-# %% ../nbs/00_settings.ipynb #a1da184a
+# %% ../nbs/00_settings.ipynb #d3cdb5ab
 @dataclass(frozen=True)
 class Settings:
     "One profile of the study: `s.guidance` is a value, `s.origin['guidance']` says where it comes from."
@@ -50,6 +51,7 @@ class Settings:
     root: Path # folder of settings.ini; paths are relative to it
     values: MappingProxyType # key -> value
     origin: MappingProxyType # key -> "paper", "assumed", "tuned" or None
+    reason: MappingProxyType # key -> a few words, or None where none is given
 
     def __getattr__(self, key):
         if key.startswith("__") or key == "values": raise AttributeError(key)
@@ -61,7 +63,7 @@ class Settings:
     @property
     def figures_dir(self) -> Path: return self.root/self.values["figures"]/self.profile
 
-# %% ../nbs/00_settings.ipynb #c2e2f1ac
+# %% ../nbs/00_settings.ipynb #b7e536d6
 def load_settings(profile: str | None = None, # a section of settings.ini; its default profile if empty
                   path: str | Path | None = None, # another file than the nearest settings.ini
                   **overrides, # key="text", in the file's own syntax; None or "" changes nothing
@@ -78,5 +80,5 @@ def load_settings(profile: str | None = None, # a section of settings.ini; its d
     if unknown := set(overrides) - set(texts):
         raise ValueError(f"Unknown setting {', '.join(sorted(unknown))}: {path.name} has {', '.join(texts)}.")
     parsed = {k: parse_value(k, v) for k, v in {**texts, **overrides, "profile": profile}.items()}
-    return Settings(profile, path.parent, MappingProxyType({k: v for k, (v, _) in parsed.items()}),
-                    MappingProxyType({k: o for k, (_, o) in parsed.items()}))
+    values, origin, reason = (MappingProxyType({k: p[i] for k, p in parsed.items()}) for i in range(3))
+    return Settings(profile, path.parent, values, origin, reason)
