@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'PRECISIONS', 'FORMATS', 'VERSION', 'check_spec', 'SynthesisSpec', 'find_model', 'find_weights',
-           'synthesis_spec', 'synthesis_of', 'Row', 'plan', 'load_pipeline', 'make_scheduler', 'embed', 'denoise',
-           'decode', 'sample']
+           'synthesis_spec', 'synthesis_of', 'Row', 'plan', 'load_pipeline', 'load_token', 'make_scheduler', 'embed',
+           'denoise', 'decode', 'encode', 'sample']
 
-# %% ../nbs/04_generation.ipynb #f0bce770
+# %% ../nbs/04_generation.ipynb #f30cd29b
 import copy, inspect, re
 from collections import Counter
 from contextlib import contextmanager
@@ -20,6 +20,8 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import constants
+from PIL import Image
+from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 from .artefacts import PACKAGE, digest, stable_hash, unhashed
 from .prompts import templates
@@ -170,6 +172,24 @@ def load_pipeline(model: str, # "miniature", a folder, "id" or "id@revision"
         if network is not None and torch.device(device).type == "cuda": network.to(memory_format=torch.channels_last)
     return pipe
 
+# %% ../nbs/04_generation.ipynb #fde5ab0d
+def load_token(pipe: "diffusers.StableDiffusionPipeline", # gets the words
+               folder: str | Path, # that holds learned_embeds.safetensors
+              ) -> tuple: # the words of the folder
+    "Put learned words into a pipeline that lacks them."
+    path = Path(folder)/"learned_embeds.safetensors"
+    if not path.exists(): raise FileNotFoundError(f"{folder} holds no learned token (learned_embeds.safetensors): run the inversion that makes it, or give its folder.")
+    if not hasattr(pipe, "load_textual_inversion"): raise ValueError(f"{type(pipe).__name__} cannot learn words: use a StableDiffusionPipeline.")
+    vectors, width = load_file(path), pipe.text_encoder.get_input_embeddings().weight.shape[-1]
+    wrong = [w for w, v in vectors.items() if v.shape[-1] != width]
+    if wrong: raise ValueError(f"The token {wrong[0]} in {folder} has {vectors[wrong[0]].shape[-1]} numbers, this model's words have {width}: it was learned with another model.")
+    known = pipe.tokenizer.get_vocab()
+    new = [{word: vector} for word, vector in vectors.items() if word not in known]
+    with torch.random.fork_rng(devices=[]):
+        pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer) + len(new), mean_resizing=False)
+        if new: pipe.load_textual_inversion(new)
+    return tuple(vectors)
+
 # %% ../nbs/04_generation.ipynb #f0f7817b
 def make_scheduler(pipe: "diffusers.DiffusionPipeline", # the model
                    name: str, # a name in SCHEDULERS
@@ -223,6 +243,25 @@ def decode(pipe: "diffusers.StableDiffusionPipeline", # the model
     parts = [pipe.vae.decode((part / pipe.vae.config.scaling_factor).to(pipe.vae.dtype), return_dict=False)[0] for part in z.split(at_once)]
     pixels = (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1) * 255
     return pixels.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+# %% ../nbs/04_generation.ipynb #d0f3ea41
+def _resized(pixels: np.ndarray, side: int) -> np.ndarray: # (n, side, side, 3) uint8
+    "Images of another size."
+    if pixels.shape[1:3] == (side, side): return pixels
+    return np.stack([np.asarray(Image.fromarray(p).resize((side, side), Image.LANCZOS)) for p in pixels])
+
+@torch.inference_mode()
+def encode(pipe: "diffusers.StableDiffusionPipeline", # the model
+           pixels: np.ndarray, # (n, any, any, 3) uint8
+           side: int | None = None, # to resize to, pixels; None: the model's own
+          ) -> torch.Tensor: # (n, 2 × channels, h, h) float32, on the model's device: mean and log-variance
+    "The moments of the latents of images."
+    side = side or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    def moments(part): # a few megapixels at a time, as in `decode`
+        x = torch.from_numpy(_resized(part, side)).to(pipe.vae.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return pipe.vae.encode(x.to(pipe.vae.dtype)).latent_dist.parameters.float()
+    at_once = max(1, 2**21 // side**2)
+    return torch.cat([moments(pixels[at:at + at_once]) for at in range(0, len(pixels), at_once)])
 
 # %% ../nbs/04_generation.ipynb #762a2060
 def _call(pipe, prompts, generators, spec) -> np.ndarray: # (n, side, side, 3) uint8
