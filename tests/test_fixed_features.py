@@ -1,0 +1,197 @@
+"""Fixed features: computed once, never confused, and only heads are trained on them."""
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bridgexfer import fixed_features
+from bridgexfer.artefacts import spec_hash, stable_hash
+from bridgexfer.backbones import backbone_digest, create_backbone, features, predict, reset_head
+from bridgexfer.datasets import GLYPHS, as_images, few_shot, load_dataset
+from bridgexfer.finetune import FinetuneSpec, NonFiniteLoss
+from bridgexfer.fixed_features import (FIXED_PIPELINES, FeatureSpec, FixedSpec, Head, HeadSpec, cached_features, fixed_spec, fixed_transfer, head_of,
+                                       head_predict, train_heads)
+from bridgexfer.miniature.typeset import DIGITS, corpus
+from bridgexfer.records import plain
+from bridgexfer.transfer import BridgeSpec, TransferSpec, load_bridge, make_bridge, start_of
+
+ARCH = "mini_resnet10"
+
+
+@pytest.fixture(scope="module")
+def data():
+    digits = load_dataset("digits")
+    return few_shot(digits.train, 10, seed=0), digits.test.take(np.arange(150))
+
+
+@pytest.fixture(scope="module")
+def bridge(tmp_path_factory):
+    pixels, labels, _ = corpus(200, DIGITS, seed=0)
+    synthetic = as_images(pixels, labels, DIGITS.values())
+    spec = BridgeSpec(ARCH, backbone_digest(ARCH), synthetic.digest, 20, 0, FinetuneSpec(0.03, 2, augment=GLYPHS))
+    return make_bridge(spec, synthetic, tmp_path_factory.mktemp("bridges"))
+
+
+@pytest.fixture(scope="module")
+def spec(data):
+    train, test = data
+    return FixedSpec("digits", f"{train.digest}-{test.digest}", ARCH, backbone_digest(ARCH), "vanilla", 0, 0, 0.1, 5, 64, 0.9, 5e-4, "top1")
+
+
+@pytest.fixture
+def toy():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(101, 7)).astype(np.float32), rng.integers(0, 4, 101)
+    start = [Head(rng.normal(size=(4, 7)).astype(np.float32), rng.normal(size=4).astype(np.float32)) for _ in range(3)]
+    return x, y, start
+
+
+def arrays(heads): return np.concatenate([np.concatenate([p.ravel() for p in h]) for h in heads])
+
+
+def test_features_are_computed_once_and_found_again(tmp_path):
+    calls = []
+    def make():
+        calls.append(1)
+        return np.arange(6.).reshape(3, 2)
+    spec = FeatureSpec("a", "w", "i")
+    for _ in range(2):
+        x = cached_features(tmp_path, spec, make)
+        assert x.tolist() == [[0, 1], [2, 3], [4, 5]] and x.dtype == np.float32 and isinstance(x, np.memmap)
+    assert len(calls) == 1
+    with pytest.raises(ValueError): x[0] = 1  # read-only
+    for other in (replace(spec, arch="b"), replace(spec, weights="v"), replace(spec, images="j"), replace(spec, version=2)): cached_features(tmp_path, other, make)
+    assert len(calls) == 5 and len(list(tmp_path.iterdir())) == 5
+
+
+def test_features_that_were_half_made_are_made_again(tmp_path):
+    spec = FeatureSpec("a", "w", "i")
+    with pytest.raises(ZeroDivisionError): cached_features(tmp_path, spec, lambda: 1 / 0)
+    assert not list(tmp_path.rglob("*.json"))
+    (folder := tmp_path/spec_hash(spec)).mkdir()
+    (folder/"features.npy").write_bytes(b"half")
+    assert cached_features(tmp_path, spec, lambda: np.ones((2, 2))).sum() == 4
+    (folder/"features.npy").write_bytes((folder/"features.npy").read_bytes()[:-4])
+    with pytest.raises(ValueError, match="delete it and run again"): cached_features(tmp_path, spec, lambda: 1 / 0)
+    for wrong in (np.ones(3), np.full((2, 2), np.nan)):
+        with pytest.raises(ValueError, match="finite table"): cached_features(tmp_path, replace(spec, weights="x"), lambda: wrong)
+
+
+def test_heads_that_train_together_are_those_that_train_alone(toy):
+    x, y, starts = toy
+    specs, seeds = [HeadSpec(lr, 4, batch=16) for lr in (0.3, 0.1, 0.01)], [0, 1, 1]
+    together, curves = train_heads(x, y, specs, seeds, starts)
+    for i in range(3):
+        [alone], [curve] = train_heads(x, y, specs[i:i + 1], seeds[i:i + 1], starts[i:i + 1])
+        assert np.allclose(arrays([together[i]]), arrays([alone]), atol=1e-5)
+        assert [e["epoch"] for e in curve] == [1, 2, 3, 4]
+        for a, b in zip(curve, curves[i]): assert a["loss"] == pytest.approx(b["loss"], abs=1e-5) and a["train_accuracy"] == b["train_accuracy"]
+
+
+def test_a_head_is_that_of_plain_sgd(toy):
+    "torch's own layer, optimiser and schedule, on the batches that fine-tuning would deal."
+    x, y, starts = toy
+    [ours], _ = train_heads(x, y, [HeadSpec(0.1, 3, batch=25, momentum=0.8, weight_decay=0.01)], [5], starts[:1])
+    fc = nn.Linear(7, 4)
+    fc.load_state_dict({k: torch.from_numpy(v) for k, v in starts[0]._asdict().items()})
+    opt = torch.optim.SGD(fc.parameters(), 0.1, 0.8, weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 3 * 5)
+    order = torch.Generator().manual_seed(stable_hash(5, "order"))
+    for _ in range(3):
+        for at in torch.randperm(101, generator=order).tensor_split(5):
+            opt.zero_grad(); F.cross_entropy(fc(torch.from_numpy(x)[at]), torch.from_numpy(y)[at]).backward(); opt.step(); rate.step()
+    assert np.allclose(ours.weight, fc.weight.detach(), atol=1e-6) and np.allclose(ours.bias, fc.bias.detach(), atol=1e-6)
+
+
+def test_the_seed_decides_the_order_and_the_start_is_not_changed(toy):
+    x, y, starts = toy
+    before = arrays(starts)
+    def end(seed): return arrays(train_heads(x, y, [HeadSpec(0.1, 2, batch=16)], [seed], starts[:1])[0])
+    a, b, c = end(0), end(0), end(1)
+    assert np.array_equal(a, b) and not np.array_equal(a, c) and np.array_equal(before, arrays(starts))
+
+
+@pytest.mark.parametrize("arch", ["mini_resnet10", "mini_vit"])
+def test_a_bridge_predicts_with_its_own_head_before_any_step(data, bridge, arch):
+    model = load_bridge(bridge, arch, 10) if arch == ARCH else create_backbone(arch, 10)
+    p, q = head_predict(features(model, data[1], arch), head_of(model)), predict(model, data[1], arch)
+    top = np.sort(q, 1)
+    clear = top[:, -1] - top[:, -2] > 0.05  # the model multiplies in bfloat16
+    assert abs(p - q).max() < 0.05 and clear.mean() > 0.2 and (p.argmax(1) == q.argmax(1))[clear].all()
+    fresh = head_predict(features(model, data[1], arch), head_of(reset_head(model, 10, 3)))
+    assert abs(p - fresh).max() > 0.05
+
+
+def test_the_three_cases_start_where_fine_tuning_starts(data, spec, bridge, tmp_path, monkeypatch):
+    seen = []
+    def spy(x, y, specs, seeds, starts, *args):
+        seen.extend(starts)
+        return train_heads(x, y, specs, seeds, starts, *args)
+    monkeypatch.setattr(fixed_features, "train_heads", spy)
+    bridged = [replace(spec, pipeline=p, bridge=bridge.name, seed=4) for p in FIXED_PIPELINES[1:]]
+    fixed_transfer([replace(spec, seed=4)], *data, tmp_path)
+    fixed_transfer(bridged, *data, tmp_path, bridge)
+    for head, name in zip(seen, FIXED_PIPELINES):
+        model, _ = start_of(name, data[0], None, bridge, ARCH, 4)
+        assert all(np.array_equal(a, b) for a, b in zip(head, head_of(model)))
+    assert len(list(tmp_path.iterdir())) == 4  # train and test, with and without a bridge
+
+
+def test_only_the_head_trains_and_features_are_shared(data, spec, bridge, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(fixed_features, "features", lambda *args, **kw: calls.append(1) or features(*args, **kw))
+    stored = {p: p.read_bytes() for p in bridge.iterdir()}
+    specs = [replace(spec, pipeline=p, bridge=bridge.name, lr=lr) for p in FIXED_PIPELINES[1:] for lr in (0.1, 0.01)]
+    first = fixed_transfer(specs, *data, tmp_path, bridge)
+    for s, r in zip(specs, first):
+        [again] = fixed_transfer([s], *data, tmp_path, bridge)
+        assert np.mean(np.equal(again["predictions"], r["predictions"])) > 0.98  # alone or together: equal up to rounding
+    assert len(calls) == 2 and stored == {p: p.read_bytes() for p in bridge.iterdir()}
+
+
+def test_a_result_has_what_the_statistics_need(data, spec, tmp_path):
+    results = fixed_transfer([replace(spec, seed=s, epochs=20) for s in (0, 1)], *data, tmp_path)
+    for r in results:
+        assert r["labels"] == data[1].labels.tolist() and r["accuracy"] == np.mean(np.equal(r["predictions"], r["labels"])) > 0.5
+        assert json.loads(json.dumps(plain(r), allow_nan=False)) == r
+    assert results[0]["curve"] != results[1]["curve"]
+    [per_class] = fixed_transfer([replace(spec, metric="mean_per_class")], *data, tmp_path)
+    guesses, labels = np.array(per_class["predictions"]), data[1].labels
+    assert per_class["accuracy"] == pytest.approx(np.mean([(guesses == labels)[labels == c].mean() for c in range(10)]))
+
+
+def test_the_result_does_not_depend_on_the_test_images(data, spec, tmp_path):
+    train, test = data
+    other = as_images(255 - test.pixels, np.roll(test.labels, 7), test.names)
+    [a], [b] = fixed_transfer([spec], train, test, tmp_path), fixed_transfer([replace(spec, data=f"{train.digest}-{other.digest}")], train, other, tmp_path)
+    assert a["curve"] == b["curve"] and a["predictions"] != b["predictions"]
+
+
+def test_a_spec_follows_from_that_of_a_fine_tuning(spec):
+    whole = TransferSpec("digits", "a-b", ARCH, "w", "bridged_fc", 0, 3, 0.03, 150, 64, 0.9, 5e-4, vars(GLYPHS), "top1", synthetic="s", per_class=60, bridge="b")
+    fixed = fixed_spec(whole, lr=0.1)
+    assert (fixed.pipeline, fixed.seed, fixed.lr, fixed.epochs, fixed.bridge, fixed.version) == ("bridged_fc", 3, 0.1, 150, "b", 1)
+    assert len({spec_hash(s) for s in (spec, *(replace(spec, **{k: v}) for k, v in dict(seed=1, lr=1., epochs=2, batch=3, momentum=0., weight_decay=0., data="x").items()))}) == 8
+
+
+def test_mistakes_name_what_is_wrong(data, spec, bridge, toy, tmp_path):
+    x, y, starts = toy
+    bridged = replace(spec, pipeline="bridged", bridge=bridge.name)
+    for wrong, words in ((lambda: replace(spec, pipeline="mixed"), "choose vanilla, bridged, bridged_fc"),
+                         (lambda: replace(spec, bridge="x"), "has no bridge"), (lambda: replace(bridged, bridge=""), "needs the hash of its bridge"),
+                         (lambda: HeadSpec(0.1, 0), "epochs ≥ 1"),
+                         (lambda: train_heads(x[0], y, [HeadSpec(0.1, 1)], [0], starts[:1]), r"features \(n, d\)"),
+                         (lambda: train_heads(x, y[1:], [HeadSpec(0.1, 1)], [0], starts[:1]), r"labels \(n,\)"),
+                         (lambda: train_heads(x, y - 1, [HeadSpec(0.1, 1)], [0], starts[:1]), r"lie in 0\.\.3, found -1\.\.2"),
+                         (lambda: train_heads(x[:, 1:], y, [HeadSpec(0.1, 1)], [0], starts[:1]), "width 6"),
+                         (lambda: train_heads(x, y, [HeadSpec(0.1, 1), HeadSpec(0.1, 2)], [0, 0], starts[:2]), "differ in learning rate"),
+                         (lambda: fixed_transfer([spec, bridged], *data, tmp_path), "differ in bridge"),
+                         (lambda: fixed_transfer([bridged], *data, tmp_path, tmp_path), "name the bridge"),
+                         (lambda: fixed_transfer([spec], data[1], data[0], tmp_path), "name the images")):
+        with pytest.raises(ValueError, match=words) as e: wrong()
+        assert len(str(e.value).splitlines()) == 1
+    with pytest.raises(NonFiniteLoss, match="choose a smaller one"): train_heads(x, y, [HeadSpec(1e30, 3)], [0], starts[:1])
