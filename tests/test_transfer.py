@@ -16,8 +16,9 @@ from bridgexfer.artefacts import spec_hash
 from bridgexfer.backbones import ARCHS, backbone_digest, create_backbone, predict
 from bridgexfer.datasets import GLYPHS, as_images, hold_out, load_dataset
 from bridgexfer.finetune import FinetuneSpec, NonFiniteLoss, finetune
+from bridgexfer.settings import load_settings
 from bridgexfer.miniature.typeset import DIGITS, corpus
-from bridgexfer.transfer import PIPELINES, Recipe, Task, load_bridge, make_bridge, pipeline, run_task
+from bridgexfer.transfer import CONTROLS, PIPELINES, Recipe, Run, Task, load_bridge, make_bridge, pipeline, recipe_of, run_task
 
 ARCH = "mini_resnet10"
 RECIPE = Recipe(epochs=1, few_epochs=2, mixed_epochs=1, stage1_epochs=1, stage1_lr=0.03, mixup=0.2, batch=64, momentum=0.9, weight_decay=5e-4)
@@ -32,11 +33,11 @@ def synthetic():
 @pytest.fixture(scope="module")
 def task():
     data = load_dataset("digits")
-    return Task(data.info, data.train.take(np.arange(300)), data.test.take(np.arange(100)), ARCH, RECIPE, per_class=20)
+    return Task(data.info, data.train.take(np.arange(300)), data.test.take(np.arange(100)), ARCH, RECIPE)
 
 
 def run(task, name, synthetic, root, shots=4, seed=0, lr=0.03):
-    return run_task(task, task.spec(name, shots, seed, lr, synthetic.digest), synthetic, root)
+    return run_task(task, Run(name, shots, seed, 20), lr, (synthetic.digest, synthetic), root)
 
 
 def weights(model): return torch.cat([p.flatten() for p in model.parameters()])
@@ -47,8 +48,28 @@ def weights(model): return torch.cat([p.flatten() for p in model.parameters()])
 def test_every_pipeline_runs_with_every_shipped_backbone(task, synthetic, tmp_path, arch, name):
     _, result = run(replace(task, arch=arch), name, synthetic, tmp_path)
     assert 0 <= result["accuracy"] <= 1 and len(result["predictions"]) == 100
-    assert [e["epoch"] for e in result["curve"]] == list(range(1, RECIPE.epochs_of(name, 4) + 1))
+    assert [e["epoch"] for e in result["curve"]] == list(range(1, (1 if name == "mixed" else 2) + 1))
     json.dumps(result, allow_nan=False)
+
+
+def test_controls_are_what_they_say(task, synthetic, tmp_path):
+    point = {name: Run(name, 4, 0, 20) for name in (*PIPELINES, *CONTROLS)}
+    spec = {name: task.spec(p, 0.03, "x") for name, p in point.items()}
+    assert all(pipeline(n).like in PIPELINES or n == "synthetic" for n in CONTROLS)
+    # vanilla with the same compute sees as many images as both stages of bridged transfer together, to a batch
+    assert 0 <= 40 * spec["vanilla_long"].epochs - (40 * spec["bridged"].epochs + 200 * RECIPE.stage1_epochs) < 40
+    assert [n for n, s in spec.items() if s.mixup] == ["vanilla_mixup", "mixed_mixup"]
+    assert spec["bridged_mixup"].bridge == spec["bridged_pp"].bridge != spec["bridged"].bridge == spec["synthetic"].bridge
+    model, result = run(task, "synthetic", synthetic, tmp_path)
+    bridge = load_bridge(next(tmp_path.iterdir()), ARCH, 10)
+    assert result["curve"] == [] and torch.equal(weights(model), weights(bridge)) # no real image was trained on
+    assert spec["synthetic"].epochs == spec["synthetic"].lr == 0
+
+
+def test_vision_transformers_have_a_batch_and_a_weight_decay_of_their_own():
+    s = load_settings("paper")
+    conv, vit = recipe_of(s, "resnet50"), recipe_of(s, "vit_base")
+    assert (conv.batch, conv.weight_decay) == (64, 5e-4) and (vit.batch, vit.weight_decay) == (128, 0) # appendix A
 
 
 def test_bridges_are_shared_by_shots_rates_and_fc_reinit(task, synthetic, tmp_path):
@@ -61,11 +82,13 @@ def test_bridges_are_shared_by_shots_rates_and_fc_reinit(task, synthetic, tmp_pa
 
 
 def test_anything_that_changes_makes_another_bridge_and_another_record(task, synthetic, monkeypatch, tmp_path):
-    def addresses(t, hash_="a"): return spec_hash(t.bridge("bridged", 0, hash_)), spec_hash(t.spec("bridged", 0, 0, 0.03, hash_))
+    def addresses(t, hash_="a", **other):
+        point = Run("bridged", **{"shots": 0, "seed": 0, "per_class": 20, **other})
+        return spec_hash(t.bridge(point, hash_)), spec_hash(t.spec(point, 0.03, hash_))
     base = addresses(task)
     assert base == addresses(task)
     changed = [addresses(replace(task, recipe=replace(RECIPE, **{k: v}))) for k, v in dict(stage1_epochs=2, stage1_lr=0.1, momentum=0.8, batch=32, weight_decay=0.).items()]
-    changed += [addresses(task, "b"), addresses(replace(task, per_class=10)), addresses(replace(task, info=replace(task.info, augment=replace(GLYPHS, flip=True))))]
+    changed += [addresses(task, "b"), addresses(task, per_class=10), addresses(task, seed=1), addresses(replace(task, info=replace(task.info, augment=replace(GLYPHS, flip=True))))]
     retrained = (backbones.SHIPPED/f"{ARCH}.safetensors").read_bytes()
     (tmp_path/f"{ARCH}.safetensors").write_bytes(retrained[:-1] + bytes([retrained[-1] ^ 1]))
     with monkeypatch.context() as m:
@@ -127,7 +150,7 @@ from bridgexfer.miniature.typeset import DIGITS, corpus
 from bridgexfer.datasets import as_images, load_dataset
 pixels, labels, _ = corpus(200, DIGITS, seed=0)
 data = load_dataset("digits")
-task = t.Task(data.info, data.train, data.test, t.ARCH, replace(t.RECIPE, stage1_epochs=500), per_class=20)
+task = t.Task(data.info, data.train, data.test, t.ARCH, replace(t.RECIPE, stage1_epochs=500))
 print("training", flush=True)
 t.run(task, "bridged", as_images(pixels, labels, DIGITS.values()), {str(tmp_path/"a")!r})
 """
@@ -136,7 +159,7 @@ t.run(task, "bridged", as_images(pixels, labels, DIGITS.values()), {str(tmp_path
     time.sleep(2)
     child.send_signal(signal.SIGKILL); child.wait()
     assert not list(tmp_path.rglob("bridge.json"))
-    spec = task.bridge("bridged", 0, synthetic.digest)
+    spec = task.bridge(Run("bridged", 4, 0, 20), synthetic.digest)
     (tmp_path/"a"/spec_hash(spec)).mkdir(parents=True)
     (tmp_path/"a"/spec_hash(spec)/"model.safetensors").write_bytes(b"half")
     a, b = (load_bridge(make_bridge(spec, synthetic, tmp_path/f), ARCH, 10) for f in ("a", "b"))
@@ -160,7 +183,8 @@ def test_mistakes_name_the_choices(task, synthetic):
     with pytest.raises(ValueError, match="vanilla, mixed, bridged, bridged_fc, bridged_pp"): pipeline("bridge")
     with pytest.raises(ValueError, match="mini_resnet10, mini_resnet18, mini_vit, resnet18"): create_backbone("resnet99")
     with pytest.raises(ValueError, match="choose 1 to"): run(task, "vanilla", synthetic, "unused", shots=999)
-    with pytest.raises(ValueError, match="needs synthetic images"): run_task(task, task.spec("mixed", 4, 0, 0.03, "x"), None, "unused")
+    with pytest.raises(ValueError, match="needs synthetic images"): run_task(task, Run("mixed", 4, 0, 20), 0.03, ("", None), "unused")
+    with pytest.raises(ValueError, match="asks for 10 synthetic images of each of 10 classes, got 200"): run_task(task, Run("mixed", 4, 0, 10), 0.03, ("x", synthetic), "unused")
     with pytest.raises(ValueError, match="class names, their order"):
         run(task, "mixed", as_images(synthetic.pixels, synthetic.labels, tuple("abcdefghij")), "unused")
     with pytest.raises(ValueError, match="lr > 0"): FinetuneSpec(lr=0, epochs=1)
