@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SD15', 'H100', 'Target', 'Use', 'count_images', 'Epochs', 'last_stage', 'count_passes', 'Work', 'inversion_work',
-           'works', 'Rate', 'Rates', 'plan', 'show_plan', 'Grid', 'uses_of', 'paper_targets']
+           'works', 'Rate', 'Rates', 'plan', 'show_plan', 'Grid', 'from_settings', 'uses_of', 'paper_targets']
 
-# %% ../nbs/19_planning.ipynb #8889c17c
-from dataclasses import dataclass
+# %% ../nbs/19_planning.ipynb #25ff7f40
+from dataclasses import dataclass, fields
 from math import ceil, nan
 from pathlib import Path
 import pandas as pd
@@ -204,48 +204,61 @@ def show_plan(table: pd.DataFrame, # from `plan`
     lines += ["", "Rates:", *dict.fromkeys(f"  {r.job} with {Path(r.of).name}: {r.per_second:,g} /s, {r.source}" for r in table.dropna(subset="per_second").itertuples())]
     return "\n".join([*lines, f"  an image: {rates.image_bytes:,g} bytes, {rates.image_source}"])
 
-# %% ../nbs/19_planning.ipynb #26f5037f
+# %% ../nbs/19_planning.ipynb #f9a9d17d
 @dataclass(frozen=True)
 class Grid:
     "Which synthetic sets and runs the sweeps of the study use."
-    archs: tuple # of the core and of most sweeps
+    archs: tuple # of all sweeps but Figure 8
     pipelines: tuple # of the core
-    images: int = 1000 # synthetic images per class
+    images: int = 1000 # synthetic images per class, in the core
+    sweep_images: int = 1000 # in sweeps over something else than volume
     guidance: float = 3.5
-    shots: tuple = (0,) # of the core, 0 for all
-    lrs: int = 5 # learning rates that tuning tries; 0: no tuning
+    shots: tuple = (0,) # of the core and of the sweeps over volumes and architectures; 0 for all
+    lrs: tuple = () # that tuning tries; none: no tuning
     few_shots: tuple = () # Figure 4
     volumes: tuple = () # Figure 5
     volume_datasets: tuple = ()
     guidances: tuple = () # Figure 6
     guidance_datasets: tuple = ()
     style_datasets: tuple = () # Table 3
-    arch_images: int = 2500 # Figure 8
-    more_archs: tuple = ()
+    style_shots: tuple = (0,)
+    class_datasets: tuple = () # class-wise inversion, against which Section 4.3 sets DSI
+    class_shots: tuple = (0,)
+    more_archs: tuple = () # Figure 8
+    more_images: int = 2500
+    arch_pipelines: tuple = ("vanilla", "bridged_pp")
     arch_style_datasets: tuple = ()
-    arch_shots: tuple = (0, 4)
     clip_datasets: tuple = () # Table 7
     clip_shots: tuple = ()
 
-# %% ../nbs/19_planning.ipynb #60dc2d44
+def from_settings(kind, # `Grid` or `Epochs`
+                  settings, # of a profile, from `load_settings`
+                 ): # a `Grid` or `Epochs`
+    "Fields from the settings of the same names; the shots `full` are 0."
+    values = {f.name: getattr(settings, f.name) for f in fields(kind)}
+    return kind(**{k: tuple(0 if w == "full" else w for w in v) if isinstance(v, tuple) else v for k, v in values.items()})
+
+# %% ../nbs/19_planning.ipynb #288e6b88
 def uses_of(grid: Grid,
             targets: tuple, # of `Target`, the profile's datasets
            ) -> list: # of `Use`
     "What the sweeps of the study use, tuning and core first."
-    def of(sweep, names, per_class=grid.images, archs=grid.archs, **about):
+    def of(sweep, names, per_class=grid.sweep_images, archs=grid.archs, **about):
         return [Use(sweep, t, per_class, a, **{"guidance": grid.guidance, "pipelines": ("vanilla", "bridged_pp"), **about}) for a in archs for t in targets if t.name in names]
     everywhere = [t.name for t in targets]
     plainly = [n for n in everywhere if n not in grid.arch_style_datasets]
-    tuning = of("tuning", everywhere, pipelines=grid.pipelines, rates=grid.lrs, tuning=True) if grid.lrs else []
-    core = of("core", everywhere, pipelines=grid.pipelines, shots=grid.shots)
-    shots = of("shots", everywhere, pipelines=("vanilla", "mixed", "bridged_pp"), shots=grid.few_shots) if grid.few_shots else []
-    volume = [u for n in grid.volumes for u in of("volume", grid.volume_datasets, n)]
+    larger = {"per_class": grid.more_images, "archs": grid.more_archs, "pipelines": grid.arch_pipelines}
+    tuning = of("tuning", everywhere, grid.images, pipelines=grid.pipelines, rates=len(grid.lrs), tuning=True) if grid.lrs else []
+    core = of("core", everywhere, grid.images, pipelines=grid.pipelines, shots=grid.shots)
+    shots = of("shots", everywhere, grid.images, pipelines=("vanilla", "mixed", "bridged_pp"), shots=grid.few_shots) if grid.few_shots else []
+    volume = [u for n in grid.volumes for u in of("volume", grid.volume_datasets, n, shots=grid.shots)]
     guidance = [u for w in grid.guidances for u in of("guidance", grid.guidance_datasets, guidance=w)]
-    style = of("style", grid.style_datasets, synthesis="style")
-    arch = [*of("architectures", plainly, grid.arch_images, grid.more_archs, shots=grid.arch_shots),
-            *[u for k in grid.arch_shots for u in of("architectures", grid.arch_style_datasets, grid.arch_images, grid.more_archs, synthesis="style", seen=k, shots=(k,))]]
-    clip = [u for k in grid.clip_shots for u in of("clip", grid.clip_datasets, archs=("",), pipelines=(), synthesis="real guidance", seen=k)]
-    return [*tuning, *core, *shots, *volume, *guidance, *style, *arch, *clip]
+    style = [u for k in grid.style_shots for u in of("style", grid.style_datasets, synthesis="style", seen=k, shots=(k,))]
+    classwise = [u for k in grid.class_shots for u in of("class", grid.class_datasets, synthesis="class", seen=k, shots=(k,))]
+    arch = of("architectures", plainly, shots=grid.shots, **larger)
+    arch += [u for k in grid.shots for u in of("architectures", grid.arch_style_datasets, synthesis="style", seen=k, shots=(k,), **larger)]
+    clip = [u for k in grid.clip_shots for u in of("clip", grid.clip_datasets, **{"archs": ("",), "pipelines": (), "synthesis": "real guidance", "seen": k})]
+    return [*tuning, *core, *shots, *volume, *guidance, *style, *classwise, *arch, *clip]
 
 # %% ../nbs/19_planning.ipynb #d2db4e2b
 def paper_targets(start: str | Path = ".", # a folder inside the clone

@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 import pytest
-from bridgexfer.planning import (H100, SD15, Epochs, Grid, Rate, Rates, Target, Use, Work, count_images, count_passes, inversion_work, last_stage,
-                                 paper_targets, plan, show_plan, uses_of, works)
+from bridgexfer.planning import (H100, SD15, Epochs, Grid, Rate, Rates, Target, Use, Work, count_images, count_passes, from_settings,
+                                 inversion_work, last_stage, paper_targets, plan, show_plan, uses_of, works)
+from bridgexfer.settings import load_settings
 
 CATS, DOGS = Target("cats", 3, 30), Target("dogs", 4, 80)
 EPOCHS = Epochs(epochs=2, few_epochs=5, mixed_epochs=3, stage1_epochs=7)
-GRID = Grid(archs=("net",), pipelines=("vanilla", "mixed", "bridged", "bridged_pp"), images=10, lrs=0)
+GRID = Grid(archs=("net",), pipelines=("vanilla", "mixed", "bridged", "bridged_pp"), images=10, sweep_images=10)
 
 
 def images(grid, *args, targets=(CATS, DOGS), **kwargs):
@@ -21,7 +22,7 @@ def test_a_sweep_pays_for_what_it_adds():
     assert images(replace(GRID, volumes=(5, 25), volume_datasets=("cats",))) == {"core": 70, "volume": 15 * 3}
     assert images(replace(GRID, guidances=(2.0, 3.5), guidance_datasets=("dogs",))) == {"core": 70, "guidance": 40}
     assert images(replace(GRID, few_shots=(1, 2))) == {"core": 70, "shots": 0}
-    assert images(replace(GRID, lrs=5)) == {"tuning": 70, "core": 70}
+    assert images(replace(GRID, lrs=(0.1, 0.01))) == {"tuning": 70, "core": 70}
 
 
 def test_order_moves_costs_and_keeps_the_sum():
@@ -33,13 +34,13 @@ def test_order_moves_costs_and_keeps_the_sum():
 
 def test_seeds_multiply_sets_only_if_they_own_them():
     assert images(GRID, 3) == {"core": 210} and images(GRID, 3, own_sets=False) == {"core": 70}
-    assert images(replace(GRID, lrs=5), 3)["tuning"] == 70
+    assert images(replace(GRID, lrs=(0.1, 0.01)), 3)["tuning"] == 70
     few = replace(GRID, clip_datasets=("cats",), clip_shots=(1, 8))
     assert images(few, 3, own_sets=False)["clip"] == 3 * 2 * 30 == images(few, 3)["clip"] # it has seen the seed's own images
 
 
 def test_architectures_see_a_token_of_their_own_shots():
-    grid = replace(GRID, arch_images=20, more_archs=("wide", "deep"), arch_style_datasets=("cats",), arch_shots=(0, 4))
+    grid = replace(GRID, more_images=20, more_archs=("wide", "deep"), arch_style_datasets=("cats",), shots=(0, 4))
     made = [u for u in uses_of(grid, (CATS, DOGS)) if u.sweep == "architectures"]
     assert {(u.target.name, u.synthesis, u.seen, u.shots) for u in made} == {
         ("dogs", "single", 0, (0, 4)), ("cats", "style", 0, (0,)), ("cats", "style", 4, (4,))}
@@ -89,6 +90,14 @@ def test_what_has_no_rate_is_named():
     assert "Without transfer with net: there is no rate for it" in text and "2 /s, measured" in text
     whole = replace(rates, rates=(*rates.rates, Rate("transfer", "", 9.0, "measured")))
     assert "Without" not in show_plan(plan(work, whole), whole)
+
+
+def test_the_settings_of_the_paper_give_six_million_images():
+    settings = load_settings("paper")
+    grid = from_settings(Grid, settings)
+    assert grid.shots == (0, 4) and len(grid.lrs) == 5 and from_settings(Epochs, settings).stage1_epochs == settings.stage1_epochs
+    once = [replace(u, seen=0) if u.synthesis == "style" else u for u in uses_of(replace(grid, lrs=(), class_datasets=()), paper_targets())]
+    assert count_images(once).images.sum() == 6_231_000
 
 
 def test_the_papers_targets():
