@@ -137,7 +137,7 @@ def corpus(n: int, # number of images
     chars, images = list(classes), np.empty((n, size, size, 3), np.uint8)
     for s, style in enumerate(STYLES.values()):
         for at in (styles == s).nonzero()[:, 0].split(256):
-            images[at] = render([chars[labels[i]] for i in at], [fonts[faces[i]] for i in at], style, rng, size)
+            if len(at): images[at] = render([chars[labels[i]] for i in at], [fonts[faces[i]] for i in at], style, rng, size)
     return images, labels.numpy(), styles.numpy()
 
 # %% ../../nbs/miniature/00_typeset.ipynb #5ceb36e2
