@@ -306,7 +306,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'bridgexfer.sweeps.real_of': ('sweeps.html#real_of', 'bridgexfer/sweeps.py'),
                                    'bridgexfer.sweeps.runs_of': ('sweeps.html#runs_of', 'bridgexfer/sweeps.py'),
                                    'bridgexfer.sweeps.sets_of': ('sweeps.html#sets_of', 'bridgexfer/sweeps.py'),
-                                   'bridgexfer.sweeps.slug': ('sweeps.html#slug', 'bridgexfer/sweeps.py'),
                                    'bridgexfer.sweeps.strength': ('sweeps.html#strength', 'bridgexfer/sweeps.py'),
                                    'bridgexfer.sweeps.synthesis_for': ('sweeps.html#synthesis_for', 'bridgexfer/sweeps.py'),
                                    'bridgexfer.sweeps.synthesis_hash': ('sweeps.html#synthesis_hash', 'bridgexfer/sweeps.py'),

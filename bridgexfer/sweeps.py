@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SWEEPS', 'LIMITED', 'FROM_REAL', 'WEB_VERSION', 'datasets_of', 'archs_of', 'count', 'runs_of', 'Wanted', 'wanted',
            'group_of', 'groups_of', 'sets_of', 'real_of', 'model_of', 'inversion_of', 'synthesis_for', 'strength',
-           'web_images', 'synthesis_hash', 'synthetic_of', 'slug']
+           'web_images', 'synthesis_hash', 'synthetic_of']
 
 # %% ../nbs/14_sweeps.ipynb #820535dd
 from dataclasses import dataclass
@@ -189,8 +189,3 @@ def synthetic_of(settings, # of a profile
     if not (folder/"spec.json").exists():
         raise FileNotFoundError(f"Synthetic images are missing: run the job `generate` for the group {group!r} of {key!r} first, or `make paper`.")
     return name, SyntheticSet(folder).images(run.per_class)
-
-# %% ../nbs/14_sweeps.ipynb #a4ddcca5
-def slug(name: str) -> str: # fit for a file's name
-    "A dataset's name, or a folder's path, as a word."
-    return re.sub(r"[^\w.-]+", "_", str(name)).strip("_")
