@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 from bridgexfer import generation
-from bridgexfer.artefacts import spec_hash, write_json
-from bridgexfer.generation import SynthesisSpec, load_pipeline, make_scheduler, plan, sample, synthesis_spec
-from bridgexfer.synthetic_sets import SyntheticSet, claim, damage, generate, read_spec, shard_path
+from bridgexfer.artefacts import as_dict, spec_hash, write_json
+from bridgexfer.datasets import as_images, few_shot, load_dataset
+from bridgexfer.generation import SynthesisSpec, encode, load_pipeline, load_token, make_scheduler, plan, sample, synthesis_spec
+from bridgexfer.synthetic_sets import SyntheticSet, claim, damage, generate, read_spec, reference_of, shard_path, shard_rows, verify_set
+from PIL import Image
+from safetensors.torch import save_file
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 
@@ -156,10 +159,10 @@ def test_another_spec_is_refused(made, spec, pipe, tmp_path):
 @pytest.mark.parametrize(
     "field, value",
     [("weights", "x"), ("steps", 3), ("guidance", 2), ("side", 64), ("stored_side", 16), ("format", "jpeg"), ("seed", 1), ("version", 2),
-     ("precision", "bfloat16"), ("scheduler", "DDIM"), ("names", DIGITS[::-1]), ("shard", 3), ("templates", "style")],
+     ("precision", "bfloat16"), ("scheduler", "DDIM"), ("names", DIGITS[::-1]), ("shard", 3), ("templates", "style"), ("words", [f"<{n}>" for n in DIGITS]), ("token", "1a2b"), ("reference", "3c4d")],
 )  # fmt: skip
 def test_changed_spec_is_another_folder(spec, field, value):
-    extra = {"style": "chalk"} if field == "templates" else {}
+    extra = {"templates": {"style": "chalk"}, "reference": {"strength": 0.5}}.get(field, {})
     assert spec_hash(replace(spec, **{field: value}, **extra)) != spec_hash(spec)
 
 
@@ -181,6 +184,31 @@ def test_spec_survives_the_disk(made, spec):
     write_json(made.folder / "spec.json", {"colour": "red"})
     with pytest.raises(ValueError, match="spec.json is not the spec of a synthetic set"):
         SyntheticSet(made.folder)
+
+
+def test_spec_with_words_and_reference_survives_the_disk(spec, tmp_path):
+    full = replace(spec, words=[f"<w{k}>" for k in range(10)], token="1a2b", token_folder="there", reference="3c4d", strength=1)
+    claim(tmp_path, full)
+    assert read_spec(tmp_path) == full and hash(read_spec(tmp_path)) == hash(full) and type(full.strength) is float
+
+
+def test_set_older_than_some_fields(made, spec):
+    "spec.json without the later fields, and shards that carry the hash of a spec without them."
+    import pyarrow.parquet as pq
+    from bridgexfer.synthetic_sets import hashes, shard_schema, write_shard
+
+    today, older = hashes(spec)
+    assert hashes(replace(spec, token="x")) == [spec_hash(replace(spec, token="x"))]
+    assert hashes(replace(spec, reference="x", strength=0)) == [spec_hash(replace(spec, reference="x", strength=0))]
+    images = made.images().pixels
+    for k in range(3):
+        table = pq.read_table(shard_path(made.folder, k))
+        write_shard(shard_path(made.folder, k), table.replace_schema_metadata(shard_schema(spec, k, older).metadata))
+    later = ("words", "token", "token_folder", "reference", "strength")
+    write_json(made.folder / "spec.json", {k: v for k, v in as_dict(spec).items() if k not in later})
+    old = SyntheticSet(made.folder)
+    assert old.spec == spec and old.verify() == [] and np.array_equal(old.images().pixels, images)
+    assert damage(shard_path(made.folder, 0), replace(spec, token="x"), 0).startswith("made by another spec")
 
 
 # ---- noise
@@ -289,6 +317,174 @@ def test_another_pipeline(model, pipe, spec, tmp_path):
     assert np.abs(one.astype(int) - made.images(1).pixels).max() <= 2
 
 
+# ---- Real Guidance
+
+
+@pytest.fixture(scope="module")
+def train():
+    return load_dataset("digits", side=32).train
+
+
+@pytest.fixture
+def guided(spec, train):
+    "A spec that starts from two scans of each digit, and the scans."
+    two = few_shot(train, 2, seed=0)
+    return replace(spec, steps=6, reference=two.digest, strength=0.5), two
+
+
+def test_ends_of_real_guidance(pipe, guided, monkeypatch):
+    spec, two = guided
+    rows, real = plan(spec, 0, 1), two.pixels[:10]
+    mean = encode(pipe, real).chunk(2, dim=1)[0]
+    assert torch.equal(mean, pipe.vae.encode(torch.from_numpy(real).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean)
+    sample_of = lambda **fields: sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], replace(spec, **fields), references=real)  # noqa: E731
+    from_noise = sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], replace(spec, reference="", strength=None))
+    assert np.array_equal(sample_of(strength=1), from_noise)
+    assert not np.array_equal(sample_of(strength=0.99), from_noise)
+    monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: pytest.fail("the UNet was asked"))
+    with torch.inference_mode():
+        copy = pipe.vae.decode(mean).sample
+    copy = ((copy / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.abs(sample_of(strength=0).astype(int) - copy).max() <= 1
+    assert np.array_equal(sample_of(strength=0.1), sample_of(strength=0))  # less than one step of six
+
+
+@pytest.mark.parametrize("scheduler", ["DDPM", "DDIM", "DPM++", "Euler", "Euler a", "UniPC", "PNDM"])
+def test_same_images_as_img2img(model, guided, scheduler):
+    pipe, (spec, two) = load_pipeline(model), guided
+    spec, rows, real = replace(spec, scheduler=scheduler, steps=8, strength=0.4), plan(spec, 0, 1), two.pixels[::2]
+    ours = sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], spec, references=real).astype(int)
+    theirs = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components | {"scheduler": make_scheduler(pipe, scheduler)}, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    theirs = theirs([r.prompt for r in rows], [Image.fromarray(p) for p in real], strength=0.4, num_inference_steps=8, guidance_scale=3.5,
+                    generator=[torch.Generator().manual_seed(r.seed) for r in rows], output_type="np").images  # fmt: skip
+    assert np.abs(ours - (theirs * 255).round()).max() <= 1
+
+
+def test_references_are_of_the_class_and_of_the_run(pipe, spec, train, monkeypatch, tmp_path):
+    two = few_shot(train, 2, seed=0)
+    spec = replace(spec, steps=1, reference=two.digest, strength=0, shard=4)
+    seen, original = [], sample
+
+    def spy(pipe, prompts, seeds, spec, cache, references):
+        seen.extend(zip(prompts, references, strict=True))
+        return original(pipe, prompts, seeds, spec, cache, references)
+
+    monkeypatch.setattr("bridgexfer.synthetic_sets.sample", spy)
+    made = generate(spec, tmp_path, 8, pipe=pipe, progress=False, reference=two)
+    rows = plan(spec, 0, 8)
+    assert [prompt for prompt, _ in seen] == [r.prompt for r in rows]
+    handed_in = {p.tobytes(): label for p, label in zip(two.pixels, two.labels, strict=True)}
+    assert [handed_in[p.tobytes()] for _, p in seen] == [r.label for r in rows]  # a KeyError would be an image from elsewhere
+    assert len({p.tobytes() for _, p in seen}) == 20  # each of them has a part
+    assert np.array_equal(reference_of(spec, rows, two), np.concatenate([reference_of(spec, rows[:9], two), reference_of(spec, rows[9:], two)]))
+    order = np.random.default_rng(0).permutation(10)  # the same classes under other labels
+    other = as_images(two.pixels, np.argsort(order)[two.labels], [two.names[k] for k in order])
+    assert np.array_equal(reference_of(replace(spec, reference=other.digest), rows, other), reference_of(spec, rows, two))
+    whole = contents(made.folder)
+    shard_path(made.folder, 0).unlink()
+    with pytest.raises(ValueError, match="pass them as reference"):
+        made.verify(repair=True, pipe=pipe, progress=False, per_class=8)
+    assert verify_set(made, True, 8, pipe=pipe, progress=False, reference=two) == [("shard-00000.parquet", "missing")]
+    assert contents(made.folder) == whole and made.verify() == []
+
+
+def test_wrong_references(pipe, guided, train, tmp_path):
+    spec, two = guided
+    with pytest.raises(ValueError, match=f"starts from the real images {two.digest}: pass them"):
+        generate(spec, tmp_path, 1, pipe=pipe, progress=False)
+    with pytest.raises(ValueError, match=f"the spec starts from {two.digest}"):
+        generate(spec, tmp_path, 1, pipe=pipe, progress=False, reference=few_shot(train, 2, seed=1))
+    with pytest.raises(ValueError, match="the spec starts from noise"):
+        generate(replace(spec, reference="", strength=None), tmp_path, 1, pipe=pipe, progress=False, reference=two)
+    some = two.take(np.flatnonzero(two.labels < 8))
+    with pytest.raises(ValueError, match="nothing of eight, nine"):
+        generate(replace(spec, reference=some.digest), tmp_path, 1, pipe=pipe, progress=False, reference=some)
+    assert not list(tmp_path.rglob("*.parquet"))
+    with pytest.raises(ValueError, match="no references were given"):
+        sample(pipe, ["a"], [0], spec)
+    with pytest.raises(ValueError, match="the spec has no strength"):
+        sample(pipe, ["a"], [0], replace(spec, reference="", strength=None), references=two.pixels[:1])
+    with pytest.raises(ValueError, match="One reference per prompt, got 2 for 1"):
+        sample(pipe, ["a"], [0], spec, references=two.pixels[:2])
+    other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match="plain StableDiffusionPipeline, this model is a StableDiffusionImg2ImgPipeline"):
+        sample(other, ["a"], [0], spec, references=two.pixels[:1])
+
+
+def test_real_guidance_is_the_same_in_any_company(pipe, guided, train):
+    spec, two = guided
+    rows = plan(spec, 0, 2)
+    real = two.pixels[reference_of(spec, rows, two)]
+    whole = sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], spec, references=real)
+    parts = sample(pipe, [r.prompt for r in rows[::-1]], [r.seed for r in rows[::-1]], replace(spec, batch=7), references=real[::-1])
+    assert np.abs(whole.astype(int) - parts[::-1]).max() <= 1
+
+
+# ---- words and tokens
+
+
+def test_words_stand_in_prompts_and_nowhere_else(spec):
+    words = [f"<abc{k}>" for k in range(10)]
+    rows, plain = plan(replace(spec, words=words), 0, 20), plan(spec, 0, 20)
+    assert "a photo of a <abc0>." in {r.prompt for r in plan(replace(spec, words=words), 0, 200)}
+    assert [r._replace(prompt="") for r in rows] == [r._replace(prompt="") for r in plain]
+    assert replace(spec, words=DIGITS) == spec  # a name that stands for itself
+    assert spec_hash(replace(spec, words=words)) != spec_hash(spec) == spec_hash(replace(spec, words=None))
+
+
+@pytest.fixture
+def token(pipe, tmp_path):
+    "A folder with two learned words."
+    vectors = torch.randn(2, pipe.text_encoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    (folder := tmp_path / "token").mkdir()
+    save_file({"<abc0>": vectors[0].clone(), "<abc1>": vectors[1].clone()}, folder / "learned_embeds.safetensors")
+    return folder, vectors
+
+
+def test_load_token(model, token, tmp_path):
+    folder, vectors = token
+    pipe = load_pipeline(model)
+    size, state = len(pipe.tokenizer), torch.get_rng_state()
+    before = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
+    for _ in range(2):
+        assert load_token(pipe, folder) == ("<abc0>", "<abc1>")
+        after = pipe.text_encoder.get_input_embeddings().weight
+        assert len(pipe.tokenizer) == len(after) == size + 2 and torch.equal(after[:size], before) and torch.equal(after[size:], vectors)
+    assert pipe.tokenizer("a <abc1>.").input_ids[2] == size + 1 and torch.equal(torch.get_rng_state(), state)
+    save_file({"<abc0>": torch.zeros(len(before[0])), "<abc2>": torch.zeros(len(before[0]))}, folder / "learned_embeds.safetensors")
+    load_token(pipe, folder)  # one is new
+    after = pipe.text_encoder.get_input_embeddings().weight
+    assert torch.equal(after[size : size + 2], vectors) and not after[size + 2].any()
+    save_file({"<abc3>": torch.zeros(7)}, folder / "learned_embeds.safetensors")
+    with pytest.raises(ValueError, match="<abc3> in .* has 7 numbers"):
+        load_token(pipe, folder)
+    with pytest.raises(FileNotFoundError, match="nowhere holds no learned token.*run the inversion"):
+        load_token(pipe, tmp_path / "nowhere")
+
+
+def test_sets_with_learned_words(model, token, spec, tmp_path):
+    folder, _ = token
+    style = replace(spec, steps=1, shard=1, templates="style", style="<abc0>", token="1a2b")
+    with pytest.raises(ValueError, match="lacks the learned words of token 1a2b"):
+        generate(style, tmp_path / "sets", 1, progress=False)
+    with pytest.raises(FileNotFoundError, match="nowhere holds no learned token.*run the inversion"):
+        generate(replace(style, token_folder="nowhere"), tmp_path / "sets", 1, progress=False)
+    with pytest.raises(ValueError, match="teaches <abc0>, <abc1>, which are neither"):
+        generate(replace(style, style="<abc7>", token_folder=str(folder)), tmp_path / "sets", 1, progress=False)
+    opened = load_pipeline(model)
+    made = generate(replace(style, token_folder=str(folder)), tmp_path / "sets", 1, pipe=opened, progress=False)  # the open one is taught
+    assert "<abc0>" in opened.tokenizer.get_vocab()
+    again = generate(style, tmp_path / "again", 1, pipe=opened, progress=False)  # it has them: no folder is needed
+    itself = generate(replace(style, token_folder=str(folder)), tmp_path / "itself", 1, progress=False)  # opens and teaches its own
+    assert contents(made.folder) == contents(again.folder) == contents(itself.folder)
+    unknown = generate(replace(style, token="", style="<abc0>", templates="style"), tmp_path / "unknown", 1, progress=False)
+    assert not np.array_equal(unknown.images().pixels, made.images().pixels)  # a pipeline that was not taught reads the letters
+    classes = replace(spec, names=DIGITS[:2], words=("<abc0>", "<abc1>"), steps=1, shard=1, token="1a2b", token_folder=str(folder))
+    assert len(generate(classes, tmp_path / "sets", 1, progress=False).images()) == 2
+    assert shard_rows(classes, 0)[1].prompt.count("<abc1>") == 1
+
+
 # ---- names and formats
 
 
@@ -350,6 +546,10 @@ def test_smaller_jpegs(model, pipe, spec, tmp_path):
      ({"side": 0}, "side"), ({"stored_side": -1}, "stored_side"), ({"scheduler": "LMS"}, "choose DDPM, DDIM"), ({"precision": "int8"}, "choose float32, bfloat16"),
      ({"format": "webp"}, "choose png, jpeg"), ({"names": []}, "at least one class name"), ({"names": ["cat", ""]}, "labels 1 are empty"),
      ({"names": ["cat", "dog", "cat"]}, "more than once: cat"), ({"names": ["a  cat", "a cat "]}, "more than once: a cat"), ({"names": "cat"}, "list of class names"),
+     ({"words": ["a"] * 9}, "One word for each of the 10 classes, got 9"), ({"words": ["a"] * 10}, "Words for classes must differ.*: a"),
+     ({"words": [" ", *DIGITS[1:]]}, "Words for classes are words; those of the labels 0"), ({"words": "0123456789"}, "words is a list of words"),
+     ({"strength": 0.5}, "needs both a reference"), ({"reference": "x"}, "needs both a reference"), ({"strength": 1.1, "reference": "x"}, r"in \[0, 1\]"),
+     ({"strength": float("nan"), "reference": "x"}, "strength"), ({"token_folder": "there"}, "token is the hash of the words learned in there"),
      ({"templates": "fancy"}, "choose 'single' or 'style'"), ({"templates": "style"}, "needs the word")],
 )  # fmt: skip
 def test_wrong_specs(wrong, says):
