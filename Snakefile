@@ -12,12 +12,14 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from bridgexfer.artefacts import PACKAGE, code_hash, digest, stable_hash
 from bridgexfer.datasets import dataset_info
-from bridgexfer.records import job_path
+from bridgexfer.records import job_name, job_path
 from bridgexfer.settings import load_settings
+from bridgexfer.sweeps import SWEEPS, archs_of, datasets_of, groups_of, runs_of, sets_of
 
-PAPERS = { # notebook of nbs/paper: the job whose results it reads
-    "tab1_leep": "transferability", "tab2_pipelines": "transfer", "fig03_convergence": "transfer", "fig10_examples": "generate",
+PAPERS = { # notebook of nbs/paper: the jobs whose results it reads
+    "tab1_leep": "transferability", "tab2_pipelines": "core", "fig03_convergence": "core", "fig10_examples": "single",
     "tab5_learning_rates": "tune"}
+CORE = ("tab1_leep", "tab2_pipelines", "fig03_convergence", "fig10_examples") # what `make study` makes
 
 # ---- settings; a run with other settings than the file's keeps its figures apart, so that those of the whole study stay
 overrides = {k: str(v) for k, v in config.items() if k != "profile" and str(v)}
@@ -30,12 +32,22 @@ except (ValueError, FileNotFoundError) as e: raise WorkflowError(str(e))
 
 RUNS, FIGURES = (os.path.relpath(p) if p.is_relative_to(Path.cwd()) else str(p) for p in (s.runs_dir, s.figures_dir))
 RATES = whole.figures_dir/"tab5_learning_rates.csv" # what `make tune` wrote
-GRID = {job_path("", "", d, a).stem: (d, a) for d in vocabulary for a in s.archs} # job name: dataset, architecture
 MINIATURE = s.model == "miniature"
 if MINIATURE: os.environ["HF_HUB_OFFLINE"] = "1"
 
+# ---- jobs: a name for each, and what it is about
+ARCHS = [*s.archs, *(a for a in s.more_archs if a not in s.archs)]
+GRID = {job_path("", "", d, a).stem: (d, a) for d in vocabulary for a in ARCHS} # dataset, architecture
+TRANSFER = {f"{sweep}/{job_path('', '', d, a).stem}": (sweep, d, a) for sweep in SWEEPS if sweep not in ("fixed", "clip")
+            for a in archs_of(s, sweep) for d in datasets_of(s, sweep)}
+SETS = {f"{group}-{job_name(key)}": (group, key) for sweep in SWEEPS for d in datasets_of(s, sweep) if sweep == "clip" or archs_of(s, sweep)
+        for group, key in groups_of(s, sweep, d)}
+TOKENS = {name: about for name, about in SETS.items() if about[0] in ("style", "class")}
+CLIP = {job_name(d): d for d in datasets_of(s, "clip")}
+
 # ---- what a job depends on besides its inputs
 SCOPE = {"profile", "runs", "figures", "data", "datasets", "archs"} # these are in the names of inputs and outputs
+SCOPE |= {k for k in s.values if k.endswith(("_datasets", "_shots", "_images", "_archs", "_pipelines"))} | {"volumes", "guidances"} # these make the lists of runs
 
 def named(source): # every word of some code that is no comment and no prose
     found = (getattr(n, field, None) for n in ast.walk(ast.parse(source)) for field in ("id", "attr", "arg", "name", "value"))
@@ -69,8 +81,20 @@ inner = {k: v for k, v in overrides.items() if k != "figures"} # a job draws non
 JOB = given(profile=s.profile, overrides=json.dumps(inner) if inner else "")
 PAPER = given(profile=s.profile, overrides=json.dumps(overrides) if overrides else "")
 
-def made(job): # the files that a job leaves, all of them
-    return [f"{RUNS}/{job}/{n}.json" for n in (sorted(set(vocabulary.values())) if job == "generate" else GRID)]
+def jobs(kind): # the names of its jobs: a sweep, a group of sets, or one of "tune", "transferability"
+    if kind == "tune": return list(GRID)
+    if kind == "transferability": return [job_path("", "", d, a).stem for a in s.archs for d in vocabulary]
+    if kind in ("fixed", "clip"): return [job_path("", "", d, a).stem for a in (["clip"] if kind == "clip" else s.archs) for d in datasets_of(s, kind)]
+    return [name.split("/")[1] for name, about in TRANSFER.items() if about[0] == kind] if kind in SWEEPS else [name for name, about in SETS.items() if about[0] == kind]
+
+def made(kinds): # the files that jobs of these kinds leave, all of them
+    return [f"{RUNS}/{'generate' if kind not in (*SWEEPS, 'tune', 'transferability') else kind}/{name}.json" for kind in kinds.split() for name in jobs(kind)]
+
+def sets(sweep, dataset): # that its runs take images from
+    return [f"{RUNS}/generate/{group}-{job_name(key)}.json" for group, key in groups_of(s, sweep, dataset)]
+
+def asked(sweep, dataset): # a hash of the runs, so that a change of one sweep reruns no other
+    return stable_hash(*map(repr, runs_of(s, sweep, dataset)))
 
 def figures(paper, flag=lambda path: path): # what a paper notebook leaves
     return [flag(f"{FIGURES}/{paper}.{kind}") for kind in ("csv", "png", "pdf")]
@@ -80,43 +104,87 @@ onstart:
     Path(RUNS, "notebooks").mkdir(parents=True, exist_ok=True)
 
 wildcard_constraints:
-    vocabulary="|".join(map(re.escape, set(vocabulary.values()))),
-    name="|".join(map(re.escape, GRID))
+    set="|".join(map(re.escape, SETS)),
+    token="|".join(map(re.escape, TOKENS)) or "none",
+    sweep="|".join(x for x in SWEEPS if x not in ("fixed", "clip")),
+    name="|".join(map(re.escape, GRID)),
+    dataset="|".join(map(re.escape, CLIP)) or "none"
 
-localrules: study, learning_rates
+localrules: study, paper, learning_rates
 
 rule study: # Tables 1 and 2, Figures 2, 3 and 10
-    input: [f for paper, job in PAPERS.items() if job != "tune" for f in [*figures(paper), *made(job)]] # the figures alone come with a clone
+    input: [f for name in CORE for f in [*figures(name), *made(PAPERS[name])]] # the figures alone come with a clone
+
+rule paper: # every table and figure that this profile's settings ask for
+    input: [f for name, kinds in PAPERS.items() if kinds != "tune" and all(map(jobs, kinds.split())) for f in [*figures(name), *made(kinds)]]
 
 rule learning_rates: # Table 5, which `transfer` reads
     input: figures("tab5_learning_rates"), made("tune")
 
-rule generate: # the synthetic images of a vocabulary, for all datasets with these class names
-    message: "Generating images of the classes of {wildcards.vocabulary}"
-    output: f"{RUNS}/generate/{{vocabulary}}.json"
-    log: f"{RUNS}/logs/generate-{{vocabulary}}.txt"
-    params: needs=lambda w: needs("nbs/jobs/generate.ipynb")
+rule invert: # learned tokens: of a dataset's style, or of its classes
+    message: "Learning the {params.on[0]} of {params.on[1]}"
+    output: f"{RUNS}/invert/{{token}}.json"
+    log: f"{RUNS}/logs/invert-{{token}}.txt"
+    params: needs=lambda w: needs("nbs/jobs/invert.ipynb"), on=lambda w: [*TOKENS[w.token], contents(TOKENS[w.token][1])], sets=lambda w: repr(sets_of(s, *TOKENS[w.token]))
     threads: THREADS
-    priority: 1
+    priority: 2
     resources: gpu=int(not MINIATURE)
-    shell: "{RUN} nbs/jobs/generate.ipynb {RUNS}/notebooks/generate-{wildcards.vocabulary}.ipynb {JOB}"
-           " -p vocabulary {wildcards.vocabulary} > {log} 2>&1"
+    shell: "{RUN} nbs/jobs/invert.ipynb {RUNS}/notebooks/invert-{wildcards.token}.ipynb {JOB}"
+           " -p kind {params.on[0]} -p dataset {params.on[1]:q} > {log} 2>&1"
 
-rule transfer: # fine-tuning by all pipelines
-    message: "Fine-tuning {params.on[1]} on {params.on[0]}"
-    input: lambda w: f"{RUNS}/generate/{vocabulary[GRID[w.name][0]]}.json"
-    output: f"{RUNS}/transfer/{{name}}.json"
-    log: f"{RUNS}/logs/transfer-{{name}}.txt"
-    params: needs=lambda w: needs("nbs/jobs/transfer.ipynb"), rates=lambda w: rates(), on=lambda w: [*GRID[w.name], contents(GRID[w.name][0])]
+rule generate: # the synthetic images of one group of sets
+    message: "Generating images: {params.on[0]}, for {params.on[1]}"
+    input: lambda w: [f"{RUNS}/invert/{w.set}.json"] if w.set in TOKENS else [f"{RUNS}/generate/single-{job_name(SETS[w.set][1])}.json"] if SETS[w.set][0] == "volume" else []
+    output: f"{RUNS}/generate/{{set}}.json"
+    log: f"{RUNS}/logs/generate-{{set}}.txt"
+    params: needs=lambda w: needs("nbs/jobs/generate.ipynb"), on=lambda w: [*SETS[w.set], contents(SETS[w.set][1])], sets=lambda w: repr(sets_of(s, *SETS[w.set]))
+    threads: THREADS
+    priority: 2
+    resources: gpu=int(not MINIATURE)
+    shell: "{RUN} nbs/jobs/generate.ipynb {RUNS}/notebooks/generate-{wildcards.set}.ipynb {JOB}"
+           " -p group {params.on[0]} -p key {params.on[1]:q} > {log} 2>&1"
+
+rule transfer: # fine-tuning: the runs of a sweep
+    message: "Fine-tuning {params.on[2]} on {params.on[1]}: {params.on[0]}"
+    input: lambda w: sets(w.sweep, GRID[w.name][0]), # and the core sweep before the others, which share runs with it
+           lambda w: [f"{RUNS}/core/{w.name}.json"] if w.sweep != "core" and GRID[w.name][1] in s.archs else []
+    output: f"{RUNS}/{{sweep}}/{{name}}.json"
+    log: f"{RUNS}/logs/{{sweep}}-{{name}}.txt"
+    params: needs=lambda w: needs("nbs/jobs/transfer.ipynb"), rates=lambda w: rates(), on=lambda w: [w.sweep, *GRID[w.name], contents(GRID[w.name][0])],
+            runs=lambda w: asked(w.sweep, GRID[w.name][0])
     threads: THREADS
     priority: 1
     resources: gpu=int(not MINIATURE)
-    shell: "{RUN} nbs/jobs/transfer.ipynb {RUNS}/notebooks/transfer-{wildcards.name}.ipynb {JOB}"
+    shell: "{RUN} nbs/jobs/transfer.ipynb {RUNS}/notebooks/{wildcards.sweep}-{wildcards.name}.ipynb {JOB}"
+           " -p sweep {params.on[0]} -p dataset {params.on[1]:q} -p arch {params.on[2]} > {log} 2>&1"
+
+rule fixed: # the head alone is trained
+    message: "Training heads on fixed features of {params.on[1]} on {params.on[0]}"
+    input: f"{RUNS}/core/{{name}}.json"
+    output: f"{RUNS}/fixed/{{name}}.json"
+    log: f"{RUNS}/logs/fixed-{{name}}.txt"
+    params: needs=lambda w: needs("nbs/jobs/fixed.ipynb"), on=lambda w: [*GRID[w.name], contents(GRID[w.name][0])], runs=lambda w: asked("fixed", GRID[w.name][0])
+    threads: THREADS
+    priority: 1
+    resources: gpu=int(not MINIATURE)
+    shell: "{RUN} nbs/jobs/fixed.ipynb {RUNS}/notebooks/fixed-{wildcards.name}.ipynb {JOB}"
            " -p dataset {params.on[0]:q} -p arch {params.on[1]} > {log} 2>&1"
 
-rule transferability: # LEEP, with the bridges of `transfer`
+rule clip: # CLIP's head is tuned
+    message: "Tuning CLIP on {params.on}"
+    input: lambda w: sets("clip", CLIP[w.dataset])
+    output: f"{RUNS}/clip/{{dataset}}-clip.json"
+    log: f"{RUNS}/logs/clip-{{dataset}}.txt"
+    params: needs=lambda w: needs("nbs/jobs/clip.ipynb"), on=lambda w: CLIP[w.dataset], runs=lambda w: [asked("clip", CLIP[w.dataset]), contents(CLIP[w.dataset])]
+    threads: THREADS
+    priority: 1
+    resources: gpu=int(not MINIATURE)
+    shell: "{RUN} nbs/jobs/clip.ipynb {RUNS}/notebooks/clip-{wildcards.dataset}.ipynb {JOB}"
+           " -p dataset {params.on:q} > {log} 2>&1"
+
+rule transferability: # LEEP, LogME and H-score, with the bridges of the core sweep
     message: "Scoring {params.on[1]} on {params.on[0]}"
-    input: f"{RUNS}/transfer/{{name}}.json"
+    input: f"{RUNS}/core/{{name}}.json"
     output: f"{RUNS}/transferability/{{name}}.json"
     log: f"{RUNS}/logs/transferability-{{name}}.txt"
     params: needs=lambda w: needs("nbs/jobs/transferability.ipynb"), on=lambda w: [*GRID[w.name], contents(GRID[w.name][0])]
@@ -137,11 +205,11 @@ rule tune: # the grid of learning rates, on validation data, with synthetic imag
     shell: "{RUN} nbs/jobs/tune.ipynb {RUNS}/notebooks/tune-{wildcards.name}.ipynb {JOB}"
            " -p dataset {params.on[0]:q} -p arch {params.on[1]} > {log} 2>&1"
 
-for paper, job in PAPERS.items(): # tables and figures, a rule each: the name of the notebook is a target
+for paper, kinds in PAPERS.items(): # tables and figures, a rule each: the name of the notebook is a target
     rule:
         name: paper
         message: "Writing {params.paper}"
-        input: made(job)
+        input: made(kinds)
         output: *figures(paper, update) # they stay while they are made anew, and are put back if that fails
         log: f"{RUNS}/logs/{paper}.txt"
         params: paper=paper, needs=lambda w, notebook=f"nbs/paper/{paper}.ipynb": needs(notebook)
