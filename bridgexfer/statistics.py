@@ -91,7 +91,7 @@ def paired_difference(a: np.ndarray, # (S, n) predicted labels of pipeline a, on
         raise ValueError(f"Paired predictions are two arrays (seeds, images) and labels (images,), got {a.shape}, {b.shape} and {labels.shape}.")
     return interval((b == labels) * 1. - (a == labels), labels if metric == "mean_per_class" else None, level, draws, seed)
 
-# %% ../nbs/16_statistics.ipynb #b77e3561
+# %% ../nbs/16_statistics.ipynb #8a1aadc4
 def _runs(cell: pd.DataFrame, # one row per run
           where: str, # to name in an error
          ) -> pd.DataFrame: # by seed
@@ -101,23 +101,24 @@ def _runs(cell: pd.DataFrame, # one row per run
 
 def compare(frame: pd.DataFrame, # records: pipeline, seed, predictions, labels, metric and the columns `by`
             by: list, # columns that name a task, such as dataset, arch and shots
-            baseline: str = "vanilla", # the pipeline that the others are compared with
+            baseline="vanilla", # what the others are compared with: a value of `column`
+            column: str = "pipeline", # names the rivals; a sweep has another, such as per_class
             **kwargs, # level, draws and seed of `paired_difference`
-           ) -> pd.DataFrame: # one row per task and other pipeline: difference, low, high, verdict, n
-    "Each pipeline against the baseline, within each task."
+           ) -> pd.DataFrame: # one row per task and rival: difference, low, high, verdict, n
+    "Each pipeline, or another value of `column`, against the baseline, within each task."
     rows = []
     for task, cell in frame.groupby(list(by), sort=False):
         where = " × ".join(map(str, task))
-        runs = {p: _runs(c, f"{where}, {p}") for p, c in cell.groupby("pipeline", sort=False)}
-        if baseline not in runs: raise ValueError(f"{where} has no runs of {baseline}; there are {', '.join(runs)}.")
+        runs = {p: _runs(c, f"{where}, {p}") for p, c in cell.groupby(column, sort=False)}
+        if baseline not in runs: raise ValueError(f"{where} has no runs of {baseline}; there are {', '.join(map(str, runs))}.")
         base = runs.pop(baseline)
         for p, other in runs.items():
             if list(other.index) != list(base.index): raise ValueError(f"{where}: {p} has the seeds {list(other.index)}, {baseline} has {list(base.index)}.")
             labels = base["labels"].iloc[0]
             if any(l != labels for l in [*base["labels"], *other["labels"]]): raise ValueError(f"{where}: the runs were judged on different test labels.")
             d = paired_difference(list(base["predictions"]), list(other["predictions"]), labels, base["metric"].iloc[0], **kwargs)
-            rows.append(dict(zip(by, task), pipeline=p, difference=d.difference, low=d.low, high=d.high, verdict=d.verdict, n=d.n))
-    return pd.DataFrame(rows, columns=[*by, "pipeline", "difference", "low", "high", "verdict", "n"])
+            rows.append({**dict(zip(by, task)), column: p} | dict(difference=d.difference, low=d.low, high=d.high, verdict=d.verdict, n=d.n))
+    return pd.DataFrame(rows, columns=[*by, column, "difference", "low", "high", "verdict", "n"])
 
 # %% ../nbs/16_statistics.ipynb #45c268a2
 def tally(verdicts, # words out of VERDICTS
