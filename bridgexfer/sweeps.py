@@ -76,7 +76,7 @@ def runs_of(settings, # of a profile
     def at(r, seed): return Run(r.pipeline, r.shots, seed, *((r.per_class, r.synthesis, r.guidance if sweep == "guidance" else settings.guidance) if r.uses else ()))
     return list(dict.fromkeys(at(r, seed) for seed in settings.seeds for r in runs))
 
-# %% ../nbs/14_sweeps.ipynb #3559a99d
+# %% ../nbs/14_sweeps.ipynb #b17b88e4
 FROM_REAL = ("style", "class", "real_guidance") # they depend on real images
 
 @dataclass(frozen=True)
@@ -87,22 +87,25 @@ class Wanted:
     shots: int # of the real images that it may depend on: 0 is all; 0 where it depends on none
     seed: int
 
-def wanted(run: Run) -> Wanted | None: # None: the run uses no generated images
+def wanted(settings, # of a profile
+           run: Run,
+          ) -> Wanted | None: # None: the run uses no generated images
     "The set that a run takes its images from."
     if not run.uses or run.synthesis == "web": return None
-    return Wanted(run.synthesis, run.guidance, run.shots if run.synthesis in FROM_REAL else 0, run.seed)
+    shots = run.shots if run.synthesis in FROM_REAL else 0
+    return Wanted(run.synthesis, run.guidance, shots, run.seed if settings.own_sets or shots else settings.seeds[0])
 
 def group_of(settings, # of a profile
              run: Run,
              dataset: str,
             ) -> tuple | None: # group, and the vocabulary or dataset that it belongs to
     "The group that a run's set is made in."
-    if wanted(run) is None: return None
+    if wanted(settings, run) is None: return None
     if run.synthesis in FROM_REAL: return run.synthesis, dataset
     group = run.synthesis if run.synthesis != "single" else "guidance" if run.guidance != settings.guidance else "volume" if run.per_class > settings.images else "single"
     return group, dataset_info(dataset).vocabulary
 
-# %% ../nbs/14_sweeps.ipynb #cd5897ec
+# %% ../nbs/14_sweeps.ipynb #a6cfab55
 def groups_of(settings, sweep: str, dataset: str) -> list: # (group, vocabulary or dataset), sorted
     "The groups of sets that a sweep on a dataset needs."
     return sorted({g for r in runs_of(settings, sweep, dataset) for g in [group_of(settings, r, dataset)] if g})
@@ -115,7 +118,11 @@ def sets_of(settings, # of a profile
     runs = [r for sweep in SWEEPS for d in datasets_of(settings, sweep) if archs_of(settings, sweep) or sweep == "clip"
             for r in runs_of(settings, sweep, d) if group_of(settings, r, d) == (group, key)]
     if not runs: raise ValueError(f"No run of the profile {settings.profile!r} needs the group {group!r} of {key!r}.")
-    return {w: max(r.per_class for r in runs if wanted(r) == w) for w in dict.fromkeys(map(wanted, runs))}
+    sets = {}
+    for r in runs:
+        w = wanted(settings, r)
+        sets[w] = max(sets.get(w, 0), r.per_class)
+    return sets
 
 # %% ../nbs/14_sweeps.ipynb #07c4212a
 def real_of(data: Dataset, shots: int, seed: int) -> Images: # shots: 0 is full
@@ -155,7 +162,7 @@ def strength(shots: int) -> float: # in [0, 1]
     "Real Guidance's strength for a number of shots: that of the nearest number below which He et al. give one for; 0 shots are all images."
     return STRENGTHS[max(STRENGTHS)] if not shots else STRENGTHS[max(k for k in STRENGTHS if k <= shots)]
 
-# %% ../nbs/14_sweeps.ipynb #f0d99b00
+# %% ../nbs/14_sweeps.ipynb #ff063219
 WEB_VERSION = 1 # raise it when the renders change
 
 def web_images(names: tuple, # class names, by label; of digits or Greek letters
@@ -175,7 +182,7 @@ def synthesis_hash(settings, # of a profile
                   ) -> str: # "" if it uses none
     "What a run's synthetic images are called in its spec."
     if not run.uses: return ""
-    return f"web-{run.seed}-v{WEB_VERSION}" if run.synthesis == "web" else spec_hash(synthesis_for(settings, data, wanted(run)))
+    return f"web-{run.seed}-v{WEB_VERSION}" if run.synthesis == "web" else spec_hash(synthesis_for(settings, data, wanted(settings, run)))
 
 def synthetic_of(settings, # of a profile
                  data: Dataset,
