@@ -1,107 +1,89 @@
 """A plan counts what is made, not what is asked for, and says where its hours come from."""
-
-from dataclasses import replace
+import time
 
 import pytest
-from bridgexfer.planning import (H100, SD15, Epochs, Grid, Rate, Rates, Target, Use, Work, count_images, count_passes, from_settings,
-                                 inversion_work, last_stage, paper_targets, plan, show_plan, uses_of, works)
+
+from bridgexfer.planning import H100, SD15, Counter, Rate, Rates, Target, Work, paper_targets, plan, show_plan, targets_of, work_of
 from bridgexfer.settings import load_settings
+from bridgexfer.sweeps import SWEEPS, groups_of, datasets_of, runs_of, sets_of
+from bridgexfer.transfer import Run
 
-CATS, DOGS = Target("cats", 3, 30), Target("dogs", 4, 80)
-EPOCHS = Epochs(epochs=2, few_epochs=5, mixed_epochs=3, stage1_epochs=7)
-GRID = Grid(archs=("net",), pipelines=("vanilla", "mixed", "bridged", "bridged_pp"), images=10, sweep_images=10)
-
-
-def images(grid, *args, targets=(CATS, DOGS), **kwargs):
-    return count_images(uses_of(grid, targets), *args, **kwargs).set_index("sweep").images.to_dict()
+TARGETS = {"digits": Target("digits", 10, 898, "digits"), "digits-photo": Target("digits-photo", 10, 898, "digits"), "greek": Target("greek", 24, 960, "greek")}
 
 
-def test_a_sweep_pays_for_what_it_adds():
-    assert images(GRID) == {"core": 70}
-    assert images(replace(GRID, volumes=(5, 10), volume_datasets=("cats",))) == {"core": 70, "volume": 0}
-    assert images(replace(GRID, volumes=(5, 25), volume_datasets=("cats",))) == {"core": 70, "volume": 15 * 3}
-    assert images(replace(GRID, guidances=(2.0, 3.5), guidance_datasets=("dogs",))) == {"core": 70, "guidance": 40}
-    assert images(replace(GRID, few_shots=(1, 2))) == {"core": 70, "shots": 0}
-    assert images(replace(GRID, lrs=(0.1, 0.01))) == {"tuning": 70, "core": 70}
+def images(work): return {w.sweep: w.images for w in work if w.images}
 
 
-def test_order_moves_costs_and_keeps_the_sum():
-    uses = uses_of(replace(GRID, volumes=(5, 25), volume_datasets=("cats",), style_datasets=("cats",)), (CATS, DOGS))
-    forwards, backwards = count_images(uses, 3), count_images(uses[::-1], 3)
-    assert forwards.images.sum() == backwards.images.sum() and forwards.images.tolist() != backwards.images.tolist()
-    assert count_passes(uses, EPOCHS).passes.sum() == count_passes(uses[::-1], EPOCHS).passes.sum()
+def test_images_are_those_that_the_jobs_will_make():
+    "Counted run by run, and summed over the sets that the generate jobs are asked for."
+    s = load_settings("miniature", lr="0.1")
+    groups = {g for sweep in SWEEPS for d in datasets_of(s, sweep) for g in groups_of(s, sweep, d)}
+    made = {}
+    for group, key in groups:
+        classes = 24 if key == "greek" else 10
+        for w, n in sets_of(s, group, key).items(): made[key if group in ("style", "class", "real_guidance") else f"vocabulary {key}", w] = max(made.get((f"vocabulary {key}", w), 0), n * classes)
+    assert sum(images(work_of(s, TARGETS)).values()) == sum(made.values())
+
+
+def test_datasets_with_the_same_class_names_share_their_images():
+    s = load_settings("miniature", lr="0.1", datasets="digits digits-photo")
+    assert images(work_of(s, TARGETS))["core"] == 3 * 10 * 60
+    apart = {n: Target(n, t.classes, t.train) for n, t in TARGETS.items()}
+    assert images(work_of(s, apart))["core"] == 2 * 3 * 10 * 60
 
 
 def test_seeds_multiply_sets_only_if_they_own_them():
-    assert images(GRID, 3) == {"core": 210} and images(GRID, 3, own_sets=False) == {"core": 70}
-    assert images(replace(GRID, lrs=(0.1, 0.01)), 3)["tuning"] == 70
-    few = replace(GRID, clip_datasets=("cats",), clip_shots=(1, 8))
-    assert images(few, 3, own_sets=False)["clip"] == 3 * 2 * 30 == images(few, 3)["clip"] # it has seen the seed's own images
+    one, own = (images(work_of(load_settings("miniature", lr="0.1", own_sets=o), TARGETS)) for o in "01")
+    assert own["core"] == 3 * one["core"] and own["volume"] == 3 * one["volume"]
+    assert own["clip"] == one["clip"] # made from the seed's own images
 
 
-def test_architectures_see_a_token_of_their_own_shots():
-    grid = replace(GRID, more_images=20, more_archs=("wide", "deep"), arch_style_datasets=("cats",), shots=(0, 4))
-    made = [u for u in uses_of(grid, (CATS, DOGS)) if u.sweep == "architectures"]
-    assert {(u.target.name, u.synthesis, u.seen, u.shots) for u in made} == {
-        ("dogs", "single", 0, (0, 4)), ("cats", "style", 0, (0,)), ("cats", "style", 4, (4,))}
-    assert images(grid)["architectures"] == 2 * 60 + 10 * 4 # two styles for cats; ten more of each dog, once for both networks
-    assert [(w.jobs, w.steps) for w in inversion_work(made, "sd", style_steps=9)] == [(2, 18)]
+def test_tuning_has_a_set_of_its_own_where_seeds_have():
+    s = load_settings("miniature")
+    assert images(work_of(s, TARGETS))["tuning"] == 34 * s.images
+    passes = {(w.sweep, w.of): w.passes for w in work_of(s, TARGETS) if w.passes}
+    assert 0 < passes["tuning", "mini_vit"] < passes["tuning", "mini_resnet10"]
 
 
-def test_class_wise_inversion_has_a_token_for_each_class():
-    uses = [Use("class", DOGS, 10, synthesis="class"), Use("class", DOGS, 20, synthesis="class"), Use("style", DOGS, 10, synthesis="style")]
-    assert [(w.sweep, w.jobs, w.steps) for w in inversion_work(uses, "sd", 2)] == [("class", 1, 2 * 4 * 5000), ("style", 1, 2 * 20000)]
-
-
-@pytest.mark.parametrize(("name", "shots", "passes"), [
-    ("vanilla", 0, 30 * 2), ("vanilla", 4, 12 * 5), ("vanilla", 16, 30 * 5), ("mixed", 0, 60 * 3), ("mixed", 4, 42 * 3), ("bridged_pp", 4, 12 * 5)])
-def test_passes_of_the_last_stage(name, shots, passes):
-    assert last_stage(Use("core", CATS, 10, "net", (name,)), name, shots, EPOCHS) == passes
+@pytest.mark.parametrize(("pipeline", "shots", "passes"), [
+    ("vanilla", 0, 898 * 15), ("vanilla", 4, 40 * 60), ("mixed", 4, 640 * 10), ("bridged_pp", 4, 600 * 10 + 40 * 60),
+    ("synthetic", 0, 600 * 10), ("vanilla_long", 4, 40 * (60 + 150))])
+def test_passes_of_a_run(pipeline, shots, passes):
+    count, run = Counter(load_settings("miniature")), Run(pipeline, shots, 0, 0 if pipeline == "vanilla" else 60)
+    assert count.passes(run, TARGETS["digits"], "mini_resnet10") == passes
+    assert count.passes(run, TARGETS["digits"], "mini_resnet10") == 0 # it is recorded
 
 
 def test_bridges_are_trained_once_for_each_kind():
-    def total(*pipelines, shots=(0,)): return count_passes([Use("core", CATS, 10, "net", pipelines, shots)], EPOCHS).passes.item()
-    assert total("bridged") == 30 * 7 + 60 and total("bridged", "bridged_fc") == 30 * 7 + 120
-    assert total("bridged", "bridged_fc", "bridged_pp") == 2 * 30 * 7 + 180
-    assert total("bridged", shots=(0, 4)) == 30 * 7 + 60 + 60 # the same bridge
-
-
-def test_vanilla_is_not_run_again_for_another_set():
-    uses = [Use("guidance", CATS, 10, "net", ("vanilla",), guidance=w) for w in (2.0, 5.0)]
-    assert count_passes(uses, EPOCHS).passes.item() == 60
-    assert count_passes([uses[0], replace(uses[1], arch="other")], EPOCHS).passes.tolist() == [60, 60]
-
-
-def test_learning_rates_repeat_the_last_stage_only():
-    use = Use("tuning", CATS, 10, "net", ("bridged",), rates=5, tuning=True)
-    assert count_passes([use], EPOCHS, seeds=3).passes.item() == 30 * 7 + 5 * 60
+    count, s = Counter(load_settings("miniature")), TARGETS["digits"]
+    first, other_head, mixup, fewer = (count.passes(Run(p, k, 0, 60), s, "mini_resnet10") for p, k in (("bridged", 0), ("bridged_fc", 0), ("bridged_pp", 0), ("bridged", 4)))
+    assert first == mixup == 6000 + 898 * 15 and other_head == 898 * 15 and fewer == 40 * 60
 
 
 def test_hours_are_amount_over_rate():
-    table = plan([Work("core", "generate", 1, SD15, images=4700), Work("core", "transfer", 1, "resnet18", passes=36_000_000)], H100)
+    table = plan([Work("core", "generate", SD15, images=4700), Work("core", "transfer", "resnet18", passes=36_000_000)], H100)
     assert table.hours.tolist() == pytest.approx([1000 / 3600, 1.0]) and table.gigabytes.tolist() == pytest.approx([4700 * 32e3 / 1e9, 0])
     assert table.source.str.match("measured|projected|assumed").all()
 
 
 def test_what_has_no_rate_is_named():
-    work = works(uses_of(GRID, (CATS,)), EPOCHS, "sd")
+    work = [Work("core", "generate", "sd", images=10), Work("core", "transfer", "net", passes=10)]
     rates = Rates("box", (Rate("generate", "sd", 2.0, "measured"),), 1e3, "measured")
-    text = show_plan(plan(work, rates), rates)
-    assert "Without transfer with net: there is no rate for it" in text and "2 /s, measured" in text
-    whole = replace(rates, rates=(*rates.rates, Rate("transfer", "", 9.0, "measured")))
-    assert "Without" not in show_plan(plan(work, whole), whole)
+    assert "Without transfer with net: there is no rate for it" in show_plan(plan(work, rates), rates)
 
 
-def test_the_settings_of_the_paper_give_six_million_images():
-    settings = load_settings("paper")
-    grid = from_settings(Grid, settings)
-    assert grid.shots == (0, 4) and len(grid.lrs) == 5 and from_settings(Epochs, settings).stage1_epochs == settings.stage1_epochs
-    once = [replace(u, seen=0) if u.synthesis == "style" else u for u in uses_of(replace(grid, lrs=(), class_datasets=()), paper_targets())]
-    assert count_images(once).images.sum() == 6_231_000
+def test_the_plan_of_the_paper_is_made_in_seconds():
+    s, started = load_settings("paper"), time.time()
+    targets = targets_of(s)
+    total = sum(images(work_of(s, targets)).values())
+    assert time.time() - started < 20 # it takes less than one; whatever lists images takes minutes
+    assert 6e6 < total < 10e6 and len(targets) == 10
 
 
 def test_the_papers_targets():
-    ten = {t.name: t for t in paper_targets()}
+    ten = paper_targets()
     assert len(ten) == 10 and ten["cars"].classes == 196 and ten["dogs"].classes == 120 and ten["sun397"].train == 19850
-    core = works([Use("core", t, 1000) for t in ten.values()], EPOCHS, SD15)
-    assert plan(core, H100).hours.item() == pytest.approx(83, abs=1) and core[0].images == 1_401_000
+    core = 1000 * sum(t.classes for t in ten.values())
+    assert core == 1_401_000 and plan([Work("core", "generate", SD15, images=core)], H100).hours.item() == pytest.approx(83, abs=1)
+    s = load_settings("paper")
+    assert {r.per_class for r in runs_of(s, "volume", "aircraft") if r.uses} == {500, 1000, 1500, 2000, 2500, 3000}
