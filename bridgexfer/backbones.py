@@ -6,11 +6,10 @@
 __all__ = ['SHIPPED', 'ARCHS', 'Backbone', 'backbone', 'backbone_digest', 'reset_head', 'untrained', 'create_backbone',
            'input_stats', 'autocast', 'predict', 'features']
 
-# %% ../nbs/08_backbones.ipynb #4d52f70e
+# %% ../nbs/08_backbones.ipynb #06b61fdb
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
-import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -18,8 +17,13 @@ from .artefacts import digest
 from .datasets import Images
 from .loading import eval_batches
 
-# %% ../nbs/08_backbones.ipynb #4c62d163
+# %% ../nbs/08_backbones.ipynb #22459c25
 SHIPPED = Path(__file__).parent/"weights"/"backbones" if "__file__" in globals() else Path("../bridgexfer/weights/backbones")
+
+def _timm():
+    "timm, imported when first used: it takes longer than torch, and many programs only name a backbone."
+    import timm
+    return timm
 
 @dataclass(frozen=True)
 class Backbone:
@@ -40,19 +44,19 @@ ARCHS = {
     "vit_large": Backbone("vit_large_patch16_224.augreg_in21k_ft_in1k", 224),
 }
 
-# %% ../nbs/08_backbones.ipynb #e942554b
+# %% ../nbs/08_backbones.ipynb #20102180
 def backbone(arch: str) -> Backbone: # arch: a key of `ARCHS`, or the name of any pre-trained timm model
     "What is known of an architecture."
     if arch in ARCHS: return ARCHS[arch]
-    if timm.is_model_pretrained(arch): return Backbone(arch, timm.get_pretrained_cfg(arch).input_size[-1])
+    if _timm().is_model_pretrained(arch): return Backbone(arch, _timm().get_pretrained_cfg(arch).input_size[-1])
     raise ValueError(f"Unknown architecture {arch!r}: choose {', '.join(ARCHS)}, or a model of timm.list_models(pretrained=True).")
 
 def backbone_digest(arch: str) -> str: # 16 hexadecimal digits, or the tag under which timm fetches the weights
     "What identifies a backbone's weights in a spec."
     b = backbone(arch)
-    return digest(SHIPPED/f"{arch}.safetensors") if b.shipped else f"timm:{timm.get_pretrained_cfg(b.timm_name).hf_hub_id}"
+    return digest(SHIPPED/f"{arch}.safetensors") if b.shipped else f"timm:{_timm().get_pretrained_cfg(b.timm_name).hf_hub_id}"
 
-# %% ../nbs/08_backbones.ipynb #80c48eff
+# %% ../nbs/08_backbones.ipynb #82f116d3
 def reset_head(model: nn.Module, # any timm model; changed in place
                classes: int, # of the new head
                seed: int,
@@ -68,9 +72,9 @@ def untrained(arch: str, # a key of `ARCHS` or a timm model
              ) -> nn.Module:
     "The architecture alone, with random weights."
     b = backbone(arch)
-    return timm.create_model(b.timm_name, pretrained=False, num_classes=classes, **b.options)
+    return _timm().create_model(b.timm_name, pretrained=False, num_classes=classes, **b.options)
 
-# %% ../nbs/08_backbones.ipynb #d439cb54
+# %% ../nbs/08_backbones.ipynb #3d38d439
 def create_backbone(arch: str, # a key of `ARCHS` or a timm model
                     classes: int | None = None, # of a fresh head; None keeps the source's
                     seed: int = 0, # of a fresh head
@@ -81,7 +85,7 @@ def create_backbone(arch: str, # a key of `ARCHS` or a timm model
         with torch.random.fork_rng(devices=[]): model = untrained(arch, b.source_classes)
         model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(SHIPPED/f"{arch}.safetensors").items()})
     else:
-        try: model = timm.create_model(b.timm_name, pretrained=True, **b.options)
+        try: model = _timm().create_model(b.timm_name, pretrained=True, **b.options)
         except OSError as e: raise OSError(f"The weights {b.timm_name} are neither in the Hugging Face cache nor to be fetched: go online once, "
                                            f"or put them into the cache and set HF_HUB_OFFLINE=1 ({type(e).__name__}).") from None
     return model if classes is None else reset_head(model, classes, seed)
@@ -90,7 +94,7 @@ def input_stats(arch: str) -> dict: # keyword arguments `mean`, `std`
     "The normalisation that a backbone was trained with."
     b = backbone(arch)
     if b.shipped: return dict(mean=(0.5,) * 3, std=(0.5,) * 3)
-    cfg = timm.get_pretrained_cfg(b.timm_name)
+    cfg = _timm().get_pretrained_cfg(b.timm_name)
     return dict(mean=tuple(cfg.mean), std=tuple(cfg.std))
 
 # %% ../nbs/08_backbones.ipynb #be7cd955

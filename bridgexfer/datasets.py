@@ -6,7 +6,7 @@
 __all__ = ['GLYPHS', 'SCAN', 'SUFFIXES', 'DIGIT_NAMES', 'GREEK_NAMES', 'DATASETS', 'METRICS', 'Images', 'as_images', 'Augment',
            'DatasetInfo', 'Dataset', 'read_image', 'dataset_info', 'load_dataset', 'hold_out', 'few_shot', 'measure']
 
-# %% ../nbs/03_datasets.ipynb #8d939fa9
+# %% ../nbs/03_datasets.ipynb #6f15a2de
 import hashlib
 import io
 from dataclasses import dataclass
@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits, load_sample_images
 from tqdm.auto import tqdm
 from .artefacts import stable_hash
 from .miniature.typeset import DIGITS, GREEK, HELD_OUT_FONTS, Style, render
@@ -74,9 +73,10 @@ class Dataset:
     train: Images
     test: Images
 
-# %% ../nbs/03_datasets.ipynb #3481546b
+# %% ../nbs/03_datasets.ipynb #798474d4
 def _scans(side: int): # (1797, side, side) float32 in [0, 1], (1797,) labels
     "The handwritten digits, enlarged."
+    from sklearn.datasets import load_digits # here, because it takes as long to import as to use
     data = load_digits()
     large = [Image.fromarray((i * 255 / 16).astype(np.uint8)).resize((side, side), Image.BICUBIC) for i in data.images]
     return np.stack(large).astype(np.float32) / 255, data.target
@@ -89,8 +89,9 @@ def _load_digits(side: int):
     ink, labels = _scans(side)
     return _halves((255 * ink[..., None]).repeat(3, -1), labels, DIGITS.values())
 
-# %% ../nbs/03_datasets.ipynb #af1549cc
+# %% ../nbs/03_datasets.ipynb #21aed2f3
 def _load_digits_photo(side: int):
+    from sklearn.datasets import load_sample_images
     ink, labels = _scans(side)
     rng, photos, half = np.random.default_rng(0), load_sample_images().images, len(labels) // 2
     out = np.empty((len(labels), side, side, 3), np.uint8)

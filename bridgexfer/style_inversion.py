@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'AUTOCAST', 'VERSION', 'InversionSpec', 'check_inversion', '
            'noise_error', 'step_loss', 'fresh_state', 'optimiser', 'learn', 'keep', 'loss_curve', 'open_model', 'teach',
            'invert', 'denoising_loss']
 
-# %% ../nbs/06_style_inversion.ipynb #7ec38769
+# %% ../nbs/06_style_inversion.ipynb #575eca62
 import copy, time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from pathlib import Path
 import diffusers # its classes are loaded when first used
 import numpy as np
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
@@ -137,7 +136,7 @@ def lesson(spec: InversionSpec, token: int, pipe, moments: np.ndarray,
     places = {label: at for label in seen if len(at := np.flatnonzero(labels == label))}
     return Lesson(spec, token, word, pipe, tokenizer, noise_schedule(pipe), moments, places)
 
-# %% ../nbs/06_style_inversion.ipynb #f5fff420
+# %% ../nbs/06_style_inversion.ipynb #d7c6e3eb
 def draw(task: Lesson, step: int) -> tuple: # prompt, positions (batch,), the step's generator
     "The class, the sentence and the images of a step."
     spec, places = task.spec, task.places
@@ -153,6 +152,7 @@ def noisy(pipe, schedule, # the model and its noise schedule
           rng, # one torch.Generator, or one for each image
          ) -> tuple: # z_t and ε, each (n, c, h, w)
     "Latents drawn from their moments, and with noise added."
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution # here, because it takes seconds to import
     mean = DiagonalGaussianDistribution(moments)
     z, eps = (randn_tensor(mean.mean.shape, rng) for _ in range(2))
     return schedule.add_noise((mean.mean + mean.std * z) * pipe.vae.config.scaling_factor, eps, t), eps
