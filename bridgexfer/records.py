@@ -33,7 +33,7 @@ def plain(value, # JSON values, NumPy numbers and arrays among them
     raise TypeError(f"{where} is a {type(value).__name__}, which JSON has no word for.")
 
 # %% ../nbs/15_records.ipynb #9ab112b5
-KINDS = ("transfer", "fixed", "clip", "leep", "tune")
+KINDS = ("transfer", "fixed", "clip", "leep", "alignment", "tune")
 
 def record_path(folder: str | Path, # the profile's runs, `settings.runs_dir`
                 kind: str, # a word of `KINDS`

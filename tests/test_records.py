@@ -61,7 +61,7 @@ def test_what_is_not_finite_is_refused_and_nothing_is_left(tmp_path, result, whe
 
 
 def test_unknown_kind_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="choose transfer, fixed, clip, leep, tune"): record_path(tmp_path, "tabel", Spec("pets"))
+    with pytest.raises(ValueError, match="choose transfer, fixed, clip, leep, alignment, tune"): record_path(tmp_path, "tabel", Spec("pets"))
 
 
 def test_a_damaged_record_is_named(tmp_path):
