@@ -7,25 +7,21 @@ __all__ = ['SCHEDULERS', 'PRECISIONS', 'FORMATS', 'STRENGTHS', 'VERSION', 'check
            'find_weights', 'synthesis_spec', 'synthesis_of', 'Row', 'plan', 'load_pipeline', 'load_token',
            'make_scheduler', 'embed', 'begin', 'denoise', 'decode', 'encode', 'sample']
 
-# %% ../nbs/04_generation.ipynb #3a04cd69
+# %% ../nbs/04_generation.ipynb #0484ca18
 import copy, inspect, re
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-import diffusers # its classes are loaded when first used, so a program that only reads sets does not pay for them
+from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.utils import logging as diffusers_logging
-from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
-from transformers.utils import logging as transformers_logging
 from .artefacts import PACKAGE, digest, stable_hash, unhashed
 from .prompts import templates
+if TYPE_CHECKING: import diffusers # functions import it where they need it: programs that make no images do not wait for it
 
 # %% ../nbs/04_generation.ipynb #40624ac8
 SCHEDULERS = { # name -> class of diffusers, what it sets beyond the model's own configuration
@@ -154,11 +150,13 @@ def plan(spec: SynthesisSpec, # the set
         return Row(label, index, t, sentences[t].replace("{}", words[label], 1), stable_hash(spec.seed, name, index, "noise") % 2**32)
     return [row(i, label, name) for i in range(start, stop) for label, name in enumerate(spec.names)]
 
-# %% ../nbs/04_generation.ipynb #0c464577
+# %% ../nbs/04_generation.ipynb #56f15191
 @contextmanager
 def _quiet():
     "No progress bars while a model is read from the disk."
-    loud = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    from diffusers.utils import logging
+    from transformers.utils import logging as others
+    loud = [log for log in (logging, others) if log.is_progress_bar_enabled()]
     for log in loud: log.disable_progress_bar()
     try: yield
     finally:
@@ -166,6 +164,7 @@ def _quiet():
 
 def _open(place, revision, dtype) -> "diffusers.DiffusionPipeline":
     "A pipeline without its safety checker, from a folder or an id."
+    import diffusers
     where = dict(revision=revision) if revision else {}
     optional = diffusers.DiffusionPipeline.load_config(str(place), **where)
     off = dict(safety_checker=None, requires_safety_checker=False) if "safety_checker" in optional else {}
@@ -235,7 +234,7 @@ def embed(pipe: "diffusers.StableDiffusionPipeline", # the model
     if new: cache.update(zip(new, pipe.encode_prompt(new, pipe.device, 1, False)[0]))
     return torch.stack([cache[p] for p in prompts])
 
-# %% ../nbs/04_generation.ipynb #00ca7e2b
+# %% ../nbs/04_generation.ipynb #3af047c0
 def begin(pipe: "diffusers.StableDiffusionPipeline", # the model
           spec: SynthesisSpec, # steps, side, strength
           scheduler, # with its timesteps set
@@ -243,6 +242,8 @@ def begin(pipe: "diffusers.StableDiffusionPipeline", # the model
           moments: torch.Tensor | None = None, # (n, 2 × channels, h, h) of the real images, from `encode`
          ) -> tuple: # (n, channels, h, h) latents, float32; the timesteps to run
     "Where sampling sets out: pure noise, or real images under noise."
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    from diffusers.utils.torch_utils import randn_tensor
     h, steps = spec.side // pipe.vae_scale_factor, spec.steps if moments is None else int(spec.steps * spec.strength)
     shape, device = (len(generators), pipe.unet.config.in_channels, h, h), pipe.unet.device
     if steps == spec.steps: return randn_tensor(shape, generators, device, torch.float32) * scheduler.init_noise_sigma, scheduler.timesteps
@@ -304,7 +305,7 @@ def encode(pipe: "diffusers.StableDiffusionPipeline", # the model
     at_once = max(1, 2**21 // side**2)
     return torch.cat([moments(pixels[at:at + at_once]) for at in range(0, len(pixels), at_once)])
 
-# %% ../nbs/04_generation.ipynb #16f523b3
+# %% ../nbs/04_generation.ipynb #6595edcc
 def _call(pipe, prompts, generators, spec) -> np.ndarray: # (n, side, side, 3) uint8
     "Images from a pipeline's own loop."
     pipe = copy.copy(pipe) # the caller's keeps its scheduler
@@ -333,6 +334,7 @@ def sample(pipe: "diffusers.DiffusionPipeline", # from `load_pipeline`
            references: np.ndarray | None = None, # (n, any, any, 3) uint8 real images to set out from, with spec.strength
           ) -> np.ndarray: # (n, side, side, 3) uint8
     "Images for prompts, `spec.batch` at a time."
+    import diffusers
     as_it_is = type(pipe) is not diffusers.StableDiffusionPipeline or pipe.unet.config.time_cond_proj_dim
     _check_request(pipe, prompts, seeds, spec, references, as_it_is)
     done, cache = [], {} if cache is None else cache

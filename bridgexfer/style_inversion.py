@@ -8,15 +8,14 @@ __all__ = ['KINDS', 'AUTOCAST', 'VERSION', 'InversionSpec', 'check_inversion', '
            'noise_error', 'step_loss', 'fresh_state', 'optimiser', 'learn', 'keep', 'loss_curve', 'open_model', 'teach',
            'invert', 'denoising_loss']
 
-# %% ../nbs/06_style_inversion.ipynb #575eca62
+# %% ../nbs/06_style_inversion.ipynb #08a82172
 import copy, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-import diffusers # its classes are loaded when first used
+from typing import TYPE_CHECKING
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from tqdm.auto import tqdm
@@ -24,6 +23,7 @@ from .artefacts import as_dict, atomic, provenance, read_json, spec_hash, stable
 from .datasets import Images
 from .generation import embed, encode, find_weights, load_pipeline, make_scheduler
 from .prompts import SINGLE_TEMPLATE, templates
+if TYPE_CHECKING: import diffusers
 
 # %% ../nbs/06_style_inversion.ipynb #8db24620
 KINDS = ("style", "class")
@@ -136,7 +136,7 @@ def lesson(spec: InversionSpec, token: int, pipe, moments: np.ndarray,
     places = {label: at for label in seen if len(at := np.flatnonzero(labels == label))}
     return Lesson(spec, token, word, pipe, tokenizer, noise_schedule(pipe), moments, places)
 
-# %% ../nbs/06_style_inversion.ipynb #d7c6e3eb
+# %% ../nbs/06_style_inversion.ipynb #c461e9df
 def draw(task: Lesson, step: int) -> tuple: # prompt, positions (batch,), the step's generator
     "The class, the sentence and the images of a step."
     spec, places = task.spec, task.places
@@ -152,7 +152,8 @@ def noisy(pipe, schedule, # the model and its noise schedule
           rng, # one torch.Generator, or one for each image
          ) -> tuple: # z_t and ε, each (n, c, h, w)
     "Latents drawn from their moments, and with noise added."
-    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution # here, because it takes seconds to import
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    from diffusers.utils.torch_utils import randn_tensor
     mean = DiagonalGaussianDistribution(moments)
     z, eps = (randn_tensor(mean.mean.shape, rng) for _ in range(2))
     return schedule.add_noise((mean.mean + mean.std * z) * pipe.vae.config.scaling_factor, eps, t), eps
