@@ -18,12 +18,12 @@ CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
 WORKFLOW = $(RUN) snakemake --profile profiles/local
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG))
 
-.PHONY: help env study tune test check lab readme cost miniature clean
+.PHONY: help env study paper plan tune test check lab readme cost miniature clean
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo 'study and tune take PROFILE= DATASETS= ARCHS= IMAGES= SEEDS= SHOTS= SET=, as in: make study DATASETS=digits SEEDS="0 1" SET=guidance=5'
+	@echo 'study, paper, plan and tune take PROFILE= DATASETS= ARCHS= IMAGES= SEEDS= SHOTS= SET=, as in: make study DATASETS=digits SEEDS="0 1" SET=guidance=5'
 
 env: $(STAMP) ## the environment in .venv, from requirements.lock; made once, and again when the lock changes
 
@@ -32,6 +32,13 @@ study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10
 	@$(RUN) python -c 'import os; from bridgexfer.records import show_table; from bridgexfer.settings import load_settings; \
 	  figures = os.path.relpath(load_settings("$(strip $(PROFILE))", figures="$(if $(NARROW),runs/figures)").figures_dir); \
 	  print(); print(show_table(f"{figures}/tab2_pipelines.csv")); print(f"\nTables and figures: {figures}")'
+
+paper: $(STAMP) ## every table and figure, and the controls (90 minutes on two cores; stop it and call it again as you like)
+	@$(WORKFLOW) paper $(WITH)
+
+plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk, as in: make plan PROFILE=paper
+	@$(RUN) python -c 'import sys; from bridgexfer.planning import plan_text; from bridgexfer.settings import load_settings; \
+	  print(plan_text(load_settings(**dict(word.split("=", 1) for word in sys.argv[1:]))))' $(CONFIG)
 
 tune: $(STAMP) ## choose the learning rates on validation data: Table 5, which `make study` reads
 	@$(WORKFLOW) learning_rates $(WITH)

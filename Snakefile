@@ -1,6 +1,6 @@
 # The study as a graph: which notebook makes what, and from what.
 #
-#   snakemake --profile profiles/local study                              what `make study` runs
+#   snakemake --profile profiles/local study                              what `make study` runs; `paper` is all the rest
 #   snakemake --profile profiles/local study --config seeds="0 1"         with other settings, in the syntax of settings.ini
 #   snakemake --profile profiles/local study --dry-run --printshellcmds   shows the papermill lines, to type by hand
 #
@@ -16,9 +16,16 @@ from bridgexfer.records import job_name, job_path
 from bridgexfer.settings import load_settings
 from bridgexfer.sweeps import SWEEPS, archs_of, datasets_of, groups_of, runs_of, sets_of
 
-PAPERS = { # notebook of nbs/paper: the jobs whose results it reads
+PAPERS = { # notebook of nbs/paper: the kinds of jobs whose results it reads
     "tab1_leep": "transferability", "tab2_pipelines": "core", "fig03_convergence": "core", "fig10_examples": "single",
-    "tab5_learning_rates": "tune"}
+    "fig01_framework": "core single", "fig04_few_shot": "shots", "fig05_volume": "volume", "fig06_guidance": "guidance",
+    "tab3_dsi": "style tokens", "fig07_dsi": "style tokens", "fig08_architectures": "architectures core",
+    "tab4_datasets": "", "tab5_learning_rates": "tune", "hyperparameters": "", "errata": "",
+    "tab6_fixed_features": "fixed", "tab7_clip": "clip", "transferability_ranks": "transferability core",
+    "control_compute": "controls", "control_regularisers": "controls", "control_synthetic": "controls shots", "control_mixing": "controls",
+    "control_retrieval": "controls", "control_inversion": "style alignment", "control_distance": "alignment"}
+FILES = { # what a notebook leaves, where it is not one table and one figure of its own name
+    "hyperparameters": ("hyperparameters.csv",), "errata": ("errata.csv", "errata_leep.csv", "errata_leep.png", "errata_leep.pdf")}
 CORE = ("tab1_leep", "tab2_pipelines", "fig03_convergence", "fig10_examples") # what `make study` makes
 
 # ---- settings; a run with other settings than the file's keeps its figures apart, so that those of the whole study stay
@@ -43,7 +50,7 @@ TRANSFER = {f"{sweep}/{job_path('', '', d, a).stem}": (sweep, d, a) for sweep in
 SETS = {f"{group}-{job_name(key)}": (group, key) for sweep in SWEEPS for d in datasets_of(s, sweep) if sweep == "clip" or archs_of(s, sweep)
         for group, key in groups_of(s, sweep, d)}
 TOKENS = {name: about for name, about in SETS.items() if about[0] in ("style", "class")}
-CLIP = {job_name(d): d for d in datasets_of(s, "clip")}
+CLIP, ALIGNED = ({job_name(d): d for d in datasets_of(s, sweep)} for sweep in ("clip", "style"))
 
 # ---- what a job depends on besides its inputs
 SCOPE = {"profile", "runs", "figures", "data", "datasets", "archs"} # these are in the names of inputs and outputs
@@ -58,7 +65,8 @@ def needs(notebook): # the hash of its code; the settings that it, or a module i
     code = "\n".join("".join(c["source"]) for c in json.loads(Path(notebook).read_text())["cells"] if c["cell_type"] == "code")
     modules = re.findall(r"^from bridgexfer\.(\S+) import", code, re.M)
     words = named(code).union(*(named((PACKAGE/f"{m.replace('.', '/')}.py").read_text()) for m in modules if m != "settings"))
-    return [code_hash(notebook), {k: repr(s.values[k]) for k in sorted(words & set(s.values) - SCOPE)}, digest(PACKAGE/"weights") if MINIATURE else ""]
+    published = digest("figures/published.csv") if "published" in words else ""
+    return [code_hash(notebook), published, {k: repr(s.values[k]) for k in sorted(words & set(s.values) - SCOPE)}, digest(PACKAGE/"weights") if MINIATURE else ""]
 
 @cache
 def contents(dataset): # of a folder of the user's: it changes when an image does
@@ -81,14 +89,19 @@ inner = {k: v for k, v in overrides.items() if k != "figures"} # a job draws non
 JOB = given(profile=s.profile, overrides=json.dumps(inner) if inner else "")
 PAPER = given(profile=s.profile, overrides=json.dumps(overrides) if overrides else "")
 
-def jobs(kind): # the names of its jobs: a sweep, a group of sets, or one of "tune", "transferability"
-    if kind == "tune": return list(GRID)
-    if kind == "transferability": return [job_path("", "", d, a).stem for a in s.archs for d in vocabulary]
-    if kind in ("fixed", "clip"): return [job_path("", "", d, a).stem for a in (["clip"] if kind == "clip" else s.archs) for d in datasets_of(s, kind)]
-    return [name.split("/")[1] for name, about in TRANSFER.items() if about[0] == kind] if kind in SWEEPS else [name for name, about in SETS.items() if about[0] == kind]
+def made(kinds): # the files that all jobs of some kinds leave: a sweep, a group of sets, or tokens, alignment, transferability, tune
+    def names(kind):
+        if kind == "tune": return [f"tune/{name}" for name in GRID]
+        if kind == "tokens": return [f"invert/{name}" for name in TOKENS]
+        if kind == "alignment": return [f"alignment/{job_name(d)}-clip" for d in datasets_of(s, "style")]
+        if kind == "clip": return [f"clip/{name}-clip" for name in CLIP]
+        if kind in ("fixed", "transferability"):
+            return [f"{kind}/{job_path('', '', d, a).stem}" for a in s.archs for d in (datasets_of(s, kind) if kind in SWEEPS else vocabulary)]
+        return [name for name, about in TRANSFER.items() if about[0] == kind] if kind in SWEEPS else [f"generate/{name}" for name, about in SETS.items() if about[0] == kind]
+    return [f"{RUNS}/{name}.json" for kind in kinds.split() for name in names(kind)]
 
-def made(kinds): # the files that jobs of these kinds leave, all of them
-    return [f"{RUNS}/{'generate' if kind not in (*SWEEPS, 'tune', 'transferability') else kind}/{name}.json" for kind in kinds.split() for name in jobs(kind)]
+def asked_for(paper): # does the profile have what it is about?
+    return all(made(kind) for kind in PAPERS[paper].split())
 
 def sets(sweep, dataset): # that its runs take images from
     return [f"{RUNS}/generate/{group}-{job_name(key)}.json" for group, key in groups_of(s, sweep, dataset)]
@@ -97,7 +110,7 @@ def asked(sweep, dataset): # a hash of the runs, so that a change of one sweep r
     return stable_hash(*map(repr, runs_of(s, sweep, dataset)))
 
 def figures(paper, flag=lambda path: path): # what a paper notebook leaves
-    return [flag(f"{FIGURES}/{paper}.{kind}") for kind in ("csv", "png", "pdf")]
+    return [flag(f"{FIGURES}/{name}") for name in FILES.get(paper, [f"{paper}.{kind}" for kind in ("csv", "png", "pdf")])]
 
 # ---- rules
 onstart:
@@ -108,15 +121,18 @@ wildcard_constraints:
     token="|".join(map(re.escape, TOKENS)) or "none",
     sweep="|".join(x for x in SWEEPS if x not in ("fixed", "clip")),
     name="|".join(map(re.escape, GRID)),
-    dataset="|".join(map(re.escape, CLIP)) or "none"
+    dataset="|".join(map(re.escape, {**CLIP, **ALIGNED})) or "none"
 
-localrules: study, paper, learning_rates
+localrules: study, paper, jobs, learning_rates
 
 rule study: # Tables 1 and 2, Figures 2, 3 and 10
     input: [f for name in CORE for f in [*figures(name), *made(PAPERS[name])]] # the figures alone come with a clone
 
 rule paper: # every table and figure that this profile's settings ask for
-    input: [f for name, kinds in PAPERS.items() if kinds != "tune" and all(map(jobs, kinds.split())) for f in [*figures(name), *made(kinds)]]
+    input: [f for name, kinds in PAPERS.items() if kinds != "tune" and asked_for(name) for f in [*figures(name), *made(kinds)]]
+
+rule jobs: # everything that `paper` reads, and no table
+    input: sorted({f for kinds in PAPERS.values() if kinds != "tune" for f in made(kinds)})
 
 rule learning_rates: # Table 5, which `transfer` reads
     input: figures("tab5_learning_rates"), made("tune")
@@ -182,6 +198,18 @@ rule clip: # CLIP's head is tuned
     shell: "{RUN} nbs/jobs/clip.ipynb {RUNS}/notebooks/clip-{wildcards.dataset}.ipynb {JOB}"
            " -p dataset {params.on:q} > {log} 2>&1"
 
+rule alignment: # how near synthetic images are to the real ones
+    message: "Comparing synthetic images with {params.on[0]}"
+    input: lambda w: sets("style", ALIGNED[w.dataset])
+    output: f"{RUNS}/alignment/{{dataset}}-clip.json"
+    log: f"{RUNS}/logs/alignment-{{dataset}}.txt"
+    params: needs=lambda w: needs("nbs/jobs/alignment.ipynb"), on=lambda w: [ALIGNED[w.dataset], contents(ALIGNED[w.dataset])], runs=lambda w: asked("style", ALIGNED[w.dataset])
+    threads: THREADS
+    priority: 1
+    resources: gpu=int(not MINIATURE)
+    shell: "{RUN} nbs/jobs/alignment.ipynb {RUNS}/notebooks/alignment-{wildcards.dataset}.ipynb {JOB}"
+           " -p dataset {params.on[0]:q} > {log} 2>&1"
+
 rule transferability: # LEEP, LogME and H-score, with the bridges of the core sweep
     message: "Scoring {params.on[1]} on {params.on[0]}"
     input: f"{RUNS}/core/{{name}}.json"
@@ -205,12 +233,12 @@ rule tune: # the grid of learning rates, on validation data, with synthetic imag
     shell: "{RUN} nbs/jobs/tune.ipynb {RUNS}/notebooks/tune-{wildcards.name}.ipynb {JOB}"
            " -p dataset {params.on[0]:q} -p arch {params.on[1]} > {log} 2>&1"
 
-for paper, kinds in PAPERS.items(): # tables and figures, a rule each: the name of the notebook is a target
+for paper, kinds in {name: kinds for name, kinds in PAPERS.items() if asked_for(name)}.items(): # tables and figures, a rule each: the name of the notebook is a target
     rule:
         name: paper
         message: "Writing {params.paper}"
         input: made(kinds)
         output: *figures(paper, update) # they stay while they are made anew, and are put back if that fails
         log: f"{RUNS}/logs/{paper}.txt"
-        params: paper=paper, needs=lambda w, notebook=f"nbs/paper/{paper}.ipynb": needs(notebook)
+        params: paper=paper, needs=lambda w, notebook=f"nbs/paper/{paper}.ipynb": needs(notebook), settings=digest("settings.ini") if paper == "hyperparameters" else ""
         shell: "{RUN} nbs/paper/{params.paper}.ipynb {RUNS}/notebooks/{params.paper}.ipynb {PAPER} > {log} 2>&1"

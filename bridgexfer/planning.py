@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SD15', 'H100', 'TWO_CORES', 'Target', 'paper_targets', 'targets_of', 'Work', 'Counter', 'work_of', 'Rate', 'Rates',
-           'plan', 'show_plan']
+           'plan', 'show_plan', 'plan_text']
 
 # %% ../nbs/19_planning.ipynb #0c0e9d5b
 from dataclasses import dataclass
@@ -177,3 +177,9 @@ def show_plan(table: pd.DataFrame, # from `plan`
     if len(unknown): lines += [f"Without {', '.join(dict.fromkeys(f'{r.job} with {r.of}' for r in unknown.itertuples()))}: there is no rate for it"]
     lines += ["", "Rates:", *dict.fromkeys(f"  {r.job} with {Path(r.of).name}: {r.per_second:,g} /s, {r.source}" for r in table.dropna(subset="per_second").itertuples())]
     return "\n".join([*lines, f"  an image: {rates.image_bytes:,g} bytes, {rates.image_source}"])
+
+# %% ../nbs/19_planning.ipynb #8208c8b2
+def plan_text(settings) -> str: # of a profile, from `load_settings`
+    "The plan of a profile as text, at the rates of the device that it is for."
+    rates = TWO_CORES if settings.model == "miniature" else H100
+    return show_plan(plan(work_of(settings, targets_of(settings)), rates), rates)
