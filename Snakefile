@@ -55,6 +55,8 @@ CLIP, ALIGNED = ({job_name(d): d for d in datasets_of(s, sweep)} for sweep in ("
 # ---- what a job depends on besides its inputs
 SCOPE = {"profile", "runs", "figures", "data", "datasets", "archs"} # these are in the names of inputs and outputs
 SCOPE |= {k for k in s.values if k.endswith(("_datasets", "_shots", "_images", "_archs", "_pipelines"))} | {"volumes", "guidances"} # these make the lists of runs
+INVERSION = ("style_steps", "class_steps", "inversion_lr", "inversion_batch", "inversion_init") # these make tokens
+SCOPE |= set(INVERSION)
 
 def named(source): # every word of some code that is no comment and no prose
     found = (getattr(n, field, None) for n in ast.walk(ast.parse(source)) for field in ("id", "attr", "arg", "name", "value"))
@@ -63,7 +65,8 @@ def named(source): # every word of some code that is no comment and no prose
 @cache
 def needs(notebook): # the hash of its code; the settings that it, or a module it imports, names; the shipped weights
     code = "\n".join("".join(c["source"]) for c in json.loads(Path(notebook).read_text())["cells"] if c["cell_type"] == "code")
-    modules = re.findall(r"^from bridgexfer\.(\S+) import", code, re.M)
+    modules = set(re.findall(r"^from bridgexfer\.(\S+) import", code, re.M))
+    if "sweeps" in modules: modules.add("generation") # by which it turns settings into specs
     words = named(code).union(*(named((PACKAGE/f"{m.replace('.', '/')}.py").read_text()) for m in modules if m != "settings"))
     published = digest("figures/published.csv") if "published" in words else ""
     return [code_hash(notebook), published, {k: repr(s.values[k]) for k in sorted(words & set(s.values) - SCOPE)}, digest(PACKAGE/"weights") if MINIATURE else ""]
@@ -106,6 +109,9 @@ def asked_for(paper): # does the profile have what it is about?
 def sets(sweep, dataset): # that its runs take images from
     return [f"{RUNS}/generate/{group}-{job_name(key)}.json" for group, key in groups_of(s, sweep, dataset)]
 
+def inversion(group): # the settings behind the tokens that its prompts name
+    return [repr(s.values[k]) for k in INVERSION] if group in ("style", "class", "untrained") else ""
+
 def asked(sweep, dataset): # a hash of the runs, so that a change of one sweep reruns no other
     return stable_hash(*map(repr, runs_of(s, sweep, dataset)))
 
@@ -141,7 +147,8 @@ rule invert: # learned tokens: of a dataset's style, or of its classes
     message: "Learning the {params.on[0]} of {params.on[1]}"
     output: f"{RUNS}/invert/{{token}}.json"
     log: f"{RUNS}/logs/invert-{{token}}.txt"
-    params: needs=lambda w: needs("nbs/jobs/invert.ipynb"), on=lambda w: [*TOKENS[w.token], contents(TOKENS[w.token][1])], sets=lambda w: repr(sets_of(s, *TOKENS[w.token]))
+    params: needs=lambda w: needs("nbs/jobs/invert.ipynb"), on=lambda w: [*TOKENS[w.token], contents(TOKENS[w.token][1])],
+            sets=lambda w: [repr(sets_of(s, *TOKENS[w.token])), inversion(TOKENS[w.token][0])]
     threads: THREADS
     priority: 2
     resources: gpu=int(not MINIATURE)
@@ -153,7 +160,8 @@ rule generate: # the synthetic images of one group of sets
     input: lambda w: [f"{RUNS}/invert/{w.set}.json"] if w.set in TOKENS else [f"{RUNS}/generate/single-{job_name(SETS[w.set][1])}.json"] if SETS[w.set][0] == "volume" else []
     output: f"{RUNS}/generate/{{set}}.json"
     log: f"{RUNS}/logs/generate-{{set}}.txt"
-    params: needs=lambda w: needs("nbs/jobs/generate.ipynb"), on=lambda w: [*SETS[w.set], contents(SETS[w.set][1])], sets=lambda w: repr(sets_of(s, *SETS[w.set]))
+    params: needs=lambda w: needs("nbs/jobs/generate.ipynb"), on=lambda w: [*SETS[w.set], contents(SETS[w.set][1])],
+            sets=lambda w: [repr(sets_of(s, *SETS[w.set])), inversion(SETS[w.set][0])]
     threads: THREADS
     priority: 2
     resources: gpu=int(not MINIATURE)

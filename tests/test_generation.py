@@ -15,11 +15,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from bridgexfer import generation
 from bridgexfer.artefacts import as_dict, spec_hash, write_json
 from bridgexfer.datasets import as_images, few_shot, load_dataset
-from bridgexfer.generation import SynthesisSpec, encode, load_pipeline, load_token, make_scheduler, plan, sample, synthesis_spec
+from bridgexfer.generation import SynthesisSpec, embed, encode, load_pipeline, load_token, make_scheduler, plan, sample, synthesis_spec
 from bridgexfer.synthetic_sets import SyntheticSet, claim, damage, generate, read_spec, reference_of, shard_path, shard_rows, verify_set
+from diffusers.utils import torch_utils
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -217,7 +217,7 @@ def test_set_older_than_some_fields(made, spec):
 @pytest.fixture
 def noise(monkeypatch):
     "Every normal number that sampling draws, by call and by seed."
-    drawn, original = defaultdict(list), generation.randn_tensor
+    drawn, original = defaultdict(list), torch_utils.randn_tensor
 
     def record(shape, generator=None, device=None, dtype=None, **kwargs):
         out = original(shape, generator=generator, device=device, dtype=dtype, **kwargs)
@@ -225,7 +225,7 @@ def noise(monkeypatch):
             drawn[g.initial_seed()].append(x.numpy().copy())
         return out
 
-    monkeypatch.setattr(generation, "randn_tensor", record)
+    monkeypatch.setattr(torch_utils, "randn_tensor", record)
     monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", record)
     return drawn
 
@@ -286,7 +286,7 @@ def test_guidance_is_equation_one(pipe, spec, monkeypatch):
         return (torch.ones_like(x) * (1 + (condition[:, 1:2, :1, None] != empty[:, 1:2, :1, None])),)
 
     with torch.inference_mode():
-        empty = generation.embed(pipe, [""], {})
+        empty = embed(pipe, [""], {})
     monkeypatch.setattr(pipe.unet, "forward", unet)
     for w in (0.5, 1.0, 3.5):
         draw(pipe, plan(spec, 0, 1), replace(spec, guidance=w, steps=1))

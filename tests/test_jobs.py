@@ -1,4 +1,4 @@
-"""The study as `make study` runs it, in the smallest profile: once, again, after edits, and with mistakes."""
+"""The study as `make study` and `make paper` run it, in the smallest profile: once, again, after edits, and with mistakes."""
 import json
 import os
 import re
@@ -47,11 +47,11 @@ class Clone:
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
         return done.returncode, done.stdout
 
-    def would_run(self, **settings):
-        "The jobs that the next run of the study would do, by the name of their rule, and what snakemake says."
-        code, said = self.snakemake("study", "--dry-run", "--printshellcmds", **settings)
+    def would_run(self, target="study", **settings):
+        "The jobs that the next run would do, by the name of their rule, and what snakemake says."
+        code, said = self.snakemake(target, "--dry-run", "--printshellcmds", **settings)
         assert code == 0, said
-        return set(re.findall(r"^([a-z]\w+) +\d+$", said, re.M)) - {"study", "total"}, said
+        return set(re.findall(r"^([a-z]\w+) +\d+$", said, re.M)) - {target, "total"}, said
 
     def edit(self, path, change):
         "Change a file's text."
@@ -80,6 +80,13 @@ def first(tmp_path_factory):
     return clone, clone.make("study", "PROFILE=smoke")
 
 
+@pytest.fixture(scope="module")
+def whole(first):
+    "The same clone, in which every table and figure has been made."
+    clone, _ = first
+    return clone, clone.make("paper", "PROFILE=smoke")
+
+
 @pytest.fixture
 def clone(first):
     "That clone; whatever a test changes in it is undone, the run stays."
@@ -94,7 +101,7 @@ def test_study_leaves_tables_figures_and_notebooks(first):
     for paper in PAPERS: assert len(pd.read_csv(figures/f"{paper}.csv"))
     assert list(figures.glob("*.png")) and list(figures.glob("*.pdf"))
     executed = {p.stem for p in (clone.folder/"runs/smoke/notebooks").glob("*.ipynb")}
-    assert executed == PAPERS | {"generate-digits", "transfer-digits-mini_resnet10", "transferability-digits-mini_resnet10"}
+    assert executed == PAPERS | {"generate-single-digits", "core-digits-mini_resnet10", "transferability-digits-mini_resnet10"}
     ending = printed.strip().splitlines()[-1]
     assert ending.startswith("Tables and figures: ") and ending.endswith("runs/figures/smoke")
     assert "Bridged++" in printed
@@ -140,6 +147,43 @@ def test_code_reruns_what_depends_on_it(clone):
 def test_code_of_modules_counts_also_where_it_is_reached_by_others(clone):
     clone.edit("bridgexfer/prompts.py", lambda text: text + "\nMORE = 1\n") # the job imports a module that imports this one
     assert clone.would_run()[0] >= {"generate", "transfer"}
+
+
+def test_paper_leaves_every_table_and_figure(whole):
+    clone, printed = whole
+    papers = {p.stem for p in (clone.folder/"nbs/paper").glob("*.ipynb")} - {"tab5_learning_rates"} # that is `make tune`
+    figures = clone.folder/"runs/figures/smoke"
+    assert papers <= {p.stem for p in figures.glob("*.csv")}
+    assert papers - {"hyperparameters", "errata"} <= {p.stem for p in figures.glob("*.png")} & {p.stem for p in figures.glob("*.pdf")}
+    assert all(p.stat().st_size > 100 for p in figures.iterdir())
+    executed = {p.stem for p in (clone.folder/"runs/smoke/notebooks").glob("*.ipynb")}
+    assert papers <= executed and {"invert-style-digits", "invert-class-digits", "generate-real_guidance-digits", "architectures-digits-mini_vit", "clip-digits"} <= executed
+    assert re.search(r"\d+ of \d+ steps \(100%\) done", printed)
+
+
+def test_what_was_made_for_the_study_is_not_made_again_for_the_paper(whole):
+    clone, printed = whole
+    assert not re.search(r"^(Job \d+: )?(Scoring|Writing tab2_pipelines)", printed, re.M)
+    assert clone.would_run("paper")[0] == set()
+
+
+def test_a_sweep_reruns_alone(whole, clone):
+    clone.edit("settings.ini", lambda text: text.replace("guidances      = 2 3.5\n", "guidances = 2 5\n"))
+    assert clone.would_run("paper")[0] == {"generate", "transfer", "fig06_guidance", "hyperparameters"}
+    said = clone.would_run("paper")[1]
+    assert len(re.findall(r"nbs/jobs/(?:generate|transfer)\.ipynb", said)) == 2
+
+
+def test_settings_of_style_inversion_rerun_what_it_touches(whole, clone):
+    clone.edit("settings.ini", lambda text: text.replace("style_steps    = 2\n", "style_steps = 3\n"))
+    would = clone.would_run("paper")[0]
+    assert would >= {"invert", "generate", "transfer", "alignment", "tab3_dsi"} and not would & {"clip", "fixed", "fig04_few_shot", "tab2_pipelines"}
+
+
+def test_plan_lists_jobs_images_hours_and_rates(clone):
+    said = clone.make("plan", "PROFILE=paper")
+    assert re.search(r"H100-hours", said) and re.search(r"^In all [\d,]{9} images", said, re.M) and "projected" in said and "assumed" in said
+    assert "digits" not in said and clone.make("plan", "PROFILE=miniature", "SEEDS=0") != clone.make("plan", "PROFILE=miniature")
 
 
 def test_settings_rerun_the_jobs_that_name_them(clone):
