@@ -7,7 +7,7 @@ __all__ = ['SWEEPS', 'LIMITED', 'FROM_REAL', 'WEB_VERSION', 'datasets_of', 'arch
            'group_of', 'groups_of', 'sets_of', 'real_of', 'model_of', 'inversion_of', 'synthesis_for', 'strength',
            'web_images', 'synthesis_hash', 'synthetic_of']
 
-# %% ../nbs/14_sweeps.ipynb #820535dd
+# %% ../nbs/14_sweeps.ipynb #82596669
 from dataclasses import dataclass
 from .artefacts import spec_hash, stable_hash
 from .datasets import Dataset, Images, as_images, dataset_info, few_shot
@@ -15,7 +15,7 @@ from .generation import STRENGTHS, SynthesisSpec, find_model, synthesis_of
 from .miniature.typeset import WEB, corpus
 from .style_inversion import InversionSpec, inversion_spec, token_words
 from .synthetic_sets import SyntheticSet
-from .transfer import CONTROLS, PIPELINES, Run
+from .transfer import CONTROLS, PIPELINES, Run, pipeline
 
 # %% ../nbs/14_sweeps.ipynb #41f6acb1
 SWEEPS = ("core", "shots", "volume", "guidance", "style", "architectures", "controls", "fixed", "clip")
@@ -61,7 +61,7 @@ def _fixed(s, dataset): return [Run(p, 0, 0, s.images) for p in ("bridged", "bri
 
 def _clip(s, dataset): return [Run(p, k, 0, s.sweep_images, way) for k in s.clip_shots for way in ("single", "real_guidance") for p in ("mixed", "bridged")]
 
-# %% ../nbs/14_sweeps.ipynb #84421fa1
+# %% ../nbs/14_sweeps.ipynb #5c4a2918
 def runs_of(settings, # of a profile
             sweep: str, # a name in `SWEEPS`
             dataset: str,
@@ -73,7 +73,7 @@ def runs_of(settings, # of a profile
     else: runs = others[sweep](settings, dataset)
     runs = [r for k in dict.fromkeys(r.shots for r in runs) for r in [Run("vanilla", k, 0)] + [r for r in runs if r.shots == k]]
     if sweep == "core" and "vanilla" not in settings.pipelines: runs = [r for r in runs if r.pipeline != "vanilla"]
-    def at(r, seed): return Run(r.pipeline, r.shots, seed, *((r.per_class, r.synthesis, r.guidance if sweep == "guidance" else settings.guidance) if r.uses else ()))
+    def at(r, seed): return Run(r.pipeline, r.shots, seed, *((r.per_class, r.synthesis, r.guidance if sweep == "guidance" else settings.guidance) if r.uses or pipeline(r.pipeline).long else ())) # same compute counts them
     return list(dict.fromkeys(at(r, seed) for seed in settings.seeds for r in runs))
 
 # %% ../nbs/14_sweeps.ipynb #b17b88e4

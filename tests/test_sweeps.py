@@ -87,6 +87,11 @@ def test_sweeps_vary_what_they_say():
     for sweep in SWEEPS: assert {r.shots for r in runs_of(S, sweep, "digits")} <= {r.shots for r in runs_of(S, sweep, "digits") if r.pipeline == "vanilla"} | ({0} if sweep == "controls" else set())
 
 
+def test_same_compute_is_that_of_the_core():
+    run = next(r for r in runs_of(S, "controls", "digits") if r.pipeline == "vanilla_long")
+    assert run.per_class == S.images and wanted(S, run) is None # it counts the images and uses none
+
+
 def test_a_profile_without_datasets_for_a_sweep_has_no_runs_of_it():
     evening = load_settings("evening")
     assert datasets_of(evening, "guidance") == () and datasets_of(evening, "style") == ("pets",)
