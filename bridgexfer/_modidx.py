@@ -204,6 +204,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'bridgexfer.plots.band': ('plots.html#band', 'bridgexfer/plots.py'),
                                   'bridgexfer.plots.caution': ('plots.html#caution', 'bridgexfer/plots.py'),
                                   'bridgexfer.plots.conclude': ('plots.html#conclude', 'bridgexfer/plots.py'),
+                                  'bridgexfer.plots.gallery': ('plots.html#gallery', 'bridgexfer/plots.py'),
                                   'bridgexfer.plots.judge': ('plots.html#judge', 'bridgexfer/plots.py'),
                                   'bridgexfer.plots.key': ('plots.html#key', 'bridgexfer/plots.py'),
                                   'bridgexfer.plots.legend': ('plots.html#legend', 'bridgexfer/plots.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'MARKERS', 'DASHES', 'WIDTH', 'STANDINGS', 'theme', 'panels', 'legend', 'band', 'ticks', 'key', 'measured',
-           'wide', 'judge', 'conclude', 'agrees', 'caution', 'save_table', 'save_figure']
+           'wide', 'judge', 'conclude', 'agrees', 'caution', 'gallery', 'save_table', 'save_figure']
 
 # %% ../nbs/17_plots.ipynb #c34035e9
 from contextlib import AbstractContextManager
@@ -164,6 +164,28 @@ def caution(table: pd.DataFrame, # from `measured`
                     f"{seeds} seeds know little of how results vary with the seed; the intervals are wide where seeds matter.")
     setting = "" if common else (" None of the datasets is the paper's, so a difference from it is a finding about this setting and no refutation, and agreement is no confirmation of its numbers.")
     return f"**How far this goes.** {chance}{setting}"
+
+# %% ../nbs/17_plots.ipynb #077d183b
+def gallery(blocks: dict, # (row, heading of a block) -> (images, their names); every row has every block
+           ) -> plt.Figure:
+    "Images in blocks side by side, each under its name."
+    rows, heads = (list(dict.fromkeys(key[i] for key in blocks)) for i in range(2))
+    count = max(len(names) for _, names in blocks.values())
+    ratios = [.2, *([1] * count + [.15]) * len(heads)][:-1] # a column for the rows' names, then blocks with a gap between them
+    side = WIDTH / sum(ratios)
+    fig = plt.figure(figsize=(WIDTH, .25 + len(rows) * (side + .08)))
+    axes = fig.subplots(len(rows), len(ratios), squeeze=False, gridspec_kw=dict(width_ratios=ratios))
+    fig.get_layout_engine().set(w_pad=.015, h_pad=.015, wspace=0, hspace=0, rect=(0, 0, 1, 1 - .17 / fig.get_figheight())) # room for the headings
+    def short(text, n): return text if len(text) <= n else text[:n - 1] + "…"
+    for ax in axes.flat: ax.set_axis_off()
+    for ax, row in zip(axes[:, 0], rows): ax.text(.5, .5, short(Path(row).name, round(side / .035)), rotation=90, ha="center", va="center", fontsize=6, transform=ax.transAxes)
+    for (row, head), (images, names) in blocks.items():
+        block = axes[rows.index(row), 1 + heads.index(head) * (count + 1):][:count]
+        if row == rows[0]: block[0].annotate(head, (0, 1), (0, 11), xycoords="axes fraction", textcoords="offset points", ha="left", va="bottom", fontweight="bold", in_layout=False)
+        for ax, image, name in zip(block, images, names):
+            ax.imshow(image, interpolation="nearest")
+            ax.set_title(short(name, round(side / .047)), fontsize=6, pad=1.5)
+    return fig
 
 # %% ../nbs/17_plots.ipynb #8645074e
 def save_table(table: pd.DataFrame,
