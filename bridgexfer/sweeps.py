@@ -162,7 +162,7 @@ def strength(shots: int) -> float: # in [0, 1]
     "Real Guidance's strength for a number of shots: that of the nearest number below which He et al. give one for; 0 shots are all images."
     return STRENGTHS[max(STRENGTHS)] if not shots else STRENGTHS[max(k for k in STRENGTHS if k <= shots)]
 
-# %% ../nbs/15_sweeps.ipynb #ff063219
+# %% ../nbs/15_sweeps.ipynb #152adfa6
 WEB_VERSION = 1 # raise it when the renders change
 
 def web_images(names: tuple, # class names, by label; of digits or Greek letters
@@ -182,7 +182,8 @@ def synthesis_hash(settings, # of a profile
                   ) -> str: # "" if it uses none
     "What a run's synthetic images are called in its spec."
     if not run.uses: return ""
-    return f"web-{run.seed}-v{WEB_VERSION}" if run.synthesis == "web" else spec_hash(synthesis_for(settings, data, wanted(settings, run)))
+    if run.synthesis == "web": return f"web-{stable_hash(WEB_VERSION, run.seed, *data.info.names):016x}"
+    return spec_hash(synthesis_for(settings, data, wanted(settings, run)))
 
 def synthetic_of(settings, # of a profile
                  data: Dataset,

@@ -108,6 +108,14 @@ def test_web_renders_are_of_their_classes_and_of_the_seed():
     with pytest.raises(ValueError, match="has no cat"): web_images(("three", "cat"), 1, 0, 32)
 
 
+def test_sets_of_other_classes_have_other_names():
+    greek, photo = load_dataset("greek"), load_dataset("digits-photo")
+    for synthesis in ("single", "web"):
+        name = {d.info.name: synthesis_hash(S, d, Run("bridged_pp", 0, 0, 20, synthesis)) for d in (load_dataset("digits"), photo, greek)}
+        assert name["digits"] == name["digits-photo"] != name["greek"]
+    assert synthesis_hash(S, greek, Run("mixed", 0, 0, 20, "web")) != synthesis_hash(S, greek, Run("mixed", 0, 1, 20, "web"))
+
+
 def test_mistakes_name_what_to_do(digits, tmp_path):
     s = load_settings("smoke", runs=str(tmp_path))
     with pytest.raises(ValueError, match="Unknown sweep 'few': choose core, shots"): datasets_of(s, "few")
