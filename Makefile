@@ -44,7 +44,7 @@ tune: $(STAMP) ## choose the learning rates on validation data: Table 5, which `
 	@$(WORKFLOW) learning_rates $(WITH)
 
 test: $(STAMP) ## every test: modules, notebooks, jobs (up to 10 minutes on two cores)
-	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
+	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported
 	@$(RUN) python -m pytest tests/test_project.py -k "not runs and not readme"
