@@ -13,7 +13,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-
 class Clone:
     "A copy of the repository that uses this environment."
     def __init__(self, folder):
