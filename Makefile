@@ -18,7 +18,7 @@ CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
 WORKFLOW = $(RUN) snakemake --profile profiles/local
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG))
 
-.PHONY: help env study paper plan tune test check lab readme cost miniature clean
+.PHONY: help env study paper plan tune test test-all check lab readme cost miniature clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,6 +44,9 @@ tune: $(STAMP) ## choose the learning rates on validation data: Table 5, which `
 	@$(WORKFLOW) learning_rates $(WITH)
 
 test: $(STAMP) ## every test: modules, notebooks, jobs (up to 10 minutes on two cores)
+	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## the same, and every job and paper notebook in the smallest profile (20 minutes on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported

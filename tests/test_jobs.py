@@ -148,6 +148,7 @@ def test_code_of_modules_counts_also_where_it_is_reached_by_others(clone):
     assert clone.would_run()[0] >= {"generate", "transfer"}
 
 
+@pytest.mark.slow
 def test_paper_leaves_every_table_and_figure(whole):
     clone, printed = whole
     papers = {p.stem for p in (clone.folder/"nbs/paper").glob("*.ipynb")} - {"tab5_learning_rates"} # that is `make tune`
@@ -160,12 +161,14 @@ def test_paper_leaves_every_table_and_figure(whole):
     assert re.search(r"\d+ of \d+ steps \(100%\) done", printed)
 
 
+@pytest.mark.slow
 def test_what_was_made_for_the_study_is_not_made_again_for_the_paper(whole):
     clone, printed = whole
     assert not re.search(r"^(Job \d+: )?(Scoring|Writing tab2_pipelines)", printed, re.M)
     assert clone.would_run("paper")[0] == set()
 
 
+@pytest.mark.slow
 def test_a_sweep_reruns_alone(whole, clone):
     clone.edit("settings.ini", lambda text: text.replace("guidances      = 2 3.5\n", "guidances = 2 5\n"))
     assert clone.would_run("paper")[0] == {"generate", "transfer", "fig06_guidance", "hyperparameters"}
@@ -173,10 +176,17 @@ def test_a_sweep_reruns_alone(whole, clone):
     assert len(re.findall(r"nbs/jobs/(?:generate|transfer)\.ipynb", said)) == 2
 
 
+@pytest.mark.slow
 def test_settings_of_style_inversion_rerun_what_it_touches(whole, clone):
     clone.edit("settings.ini", lambda text: text.replace("style_steps    = 2\n", "style_steps = 3\n"))
     would = clone.would_run("paper")[0]
     assert would >= {"invert", "generate", "transfer", "alignment", "tab3_dsi"} and not would & {"clip", "fixed", "fig04_few_shot", "tab2_pipelines"}
+
+
+def test_paper_would_run_every_notebook(clone):
+    would = clone.would_run("paper")[0]
+    papers = {p.stem for p in (clone.folder/"nbs/paper").glob("*.ipynb")} - {"tab5_learning_rates"} # that is `make tune`
+    assert would >= papers - PAPERS | {"invert", "generate", "transfer", "fixed", "clip", "alignment"}
 
 
 def test_plan_lists_jobs_images_hours_and_rates(clone):
