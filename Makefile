@@ -43,7 +43,7 @@ plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk
 tune: $(STAMP) ## choose the learning rates on validation data: Table 5, which `make study` reads
 	@$(WORKFLOW) learning_rates $(WITH)
 
-test: $(STAMP) ## every test: modules, notebooks, jobs (up to 10 minutes on two cores)
+test: $(STAMP) ## modules, notebooks and the core of the study (about 10 minutes on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)
 
 test-all: $(STAMP) ## the same, and every job and paper notebook in the smallest profile (20 minutes on two cores)
