@@ -69,7 +69,7 @@ class AlignmentSpec:
     "What makes a measure of alignment."
     dataset: str
     data: str # digests of the real images: those measured from, those trained on, those described by prompts, joined by "-"
-    clip: str # its weights, from `clip_weights`
+    clip: str # its weights, from `find_weights`
     synthesis: str # how the images were made: "single", "style", "web", ..., or "real"
     seed: int = 0 # of the set; 0 for "real"
     shots: int = 0 # real images per class that a token was learned from; 0: all, or none

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'PRECISIONS', 'FORMATS', 'STRENGTHS', 'VERSION', 'check_spec', 'SynthesisSpec', 'find_model',
-           'find_weights', 'synthesis_spec', 'synthesis_of', 'Row', 'plan', 'load_pipeline', 'load_token',
+           'find_weights', 'model_of', 'synthesis_spec', 'synthesis_of', 'Row', 'plan', 'load_pipeline', 'load_token',
            'make_scheduler', 'embed', 'begin', 'denoise', 'decode', 'encode', 'sample']
 
 # %% ../nbs/04_generation.ipynb #0484ca18
@@ -99,19 +99,27 @@ class SynthesisSpec:
 
 # %% ../nbs/04_generation.ipynb #87f2db4a
 def find_model(model: str, # "miniature", a folder, "id" or "id@revision"
+               kind: str = "pipeline", # or "clip"
               ) -> tuple: # folder or None, id or None, revision or None
-    "Where a text-to-image model lies: in a folder or on the hub."
-    folder = PACKAGE/"weights"/"pipeline" if (model := str(model)) == "miniature" else Path(model).expanduser()
+    "Where a pre-trained model lies: in a folder or on the hub."
+    what, config = dict(pipeline=("text-to-image model", "model_index.json"), clip=("CLIP", "config.json"))[kind]
+    folder = PACKAGE/"weights"/kind if (model := str(model)) == "miniature" else Path(model).expanduser()
     if folder.is_dir():
-        if (folder/"model_index.json").exists(): return folder, None, None
-        raise FileNotFoundError(f"{folder} is not a diffusers pipeline: it has no model_index.json.")
+        if (folder/config).exists(): return folder, None, None
+        raise FileNotFoundError(f"{folder} holds no {what}: it has no {config}.")
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", model): return None, *(model.split("@") if "@" in model else (model, "main"))
-    raise FileNotFoundError(f"No text-to-image model at {model!r}: give 'miniature', a folder that holds model_index.json, or a hub id such as owner/name.")
+    raise FileNotFoundError(f"No {what} at {model!r}: give 'miniature', a folder that holds {config}, or a hub id such as owner/name.")
 
-def find_weights(model: str) -> str: # digest of the folder, or "id@revision"
+def find_weights(model: str, # as in `find_model`
+                 kind: str = "pipeline", # or "clip"
+                ) -> str: # digest of the folder, or "id@revision"
     "What a spec calls the weights of a model."
-    folder, name, revision = find_model(model)
+    folder, name, revision = find_model(model, kind)
     return digest(folder) if folder else f"{name}@{revision}"
+
+def model_of(settings) -> str: # "miniature", a folder or "id@revision", as `load_pipeline` takes it
+    "The text-to-image model of a profile; a folder has no revision."
+    return settings.model if find_model(settings.model)[0] else f"{settings.model}@{settings.revision}"
 
 def synthesis_spec(model: str, # "miniature", a folder, "id" or "id@revision"
                    names: tuple, # class names, by label
@@ -127,8 +135,7 @@ def synthesis_of(settings, # of a profile, from `load_settings`
                 ) -> SynthesisSpec:
     "The synthetic set that a profile asks for."
     profile = {f: getattr(settings, f) for f in ("scheduler", "steps", "guidance", "side", "stored_side", "format", "precision")}
-    model = settings.model if find_model(settings.model)[0] else f"{settings.model}@{settings.revision}" # a folder has no revision
-    return synthesis_spec(model, names, **{**profile, "batch": settings.generate_batch, "seed": seed, **fields})
+    return synthesis_spec(model_of(settings), names, **{**profile, "batch": settings.generate_batch, "seed": seed, **fields})
 
 # %% ../nbs/04_generation.ipynb #e742bb23
 class Row(NamedTuple):

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SWEEPS', 'LIMITED', 'FROM_REAL', 'WEB_VERSION', 'datasets_of', 'archs_of', 'count', 'runs_of', 'Wanted', 'wanted',
-           'group_of', 'groups_of', 'sets_of', 'real_of', 'model_of', 'inversion_of', 'synthesis_for', 'strength',
-           'web_images', 'synthesis_hash', 'synthetic_of']
+           'group_of', 'groups_of', 'sets_of', 'real_of', 'inversion_of', 'synthesis_for', 'strength', 'web_images',
+           'synthesis_hash', 'synthetic_of']
 
 # %% ../nbs/15_sweeps.ipynb #82596669
 from dataclasses import dataclass
 from .artefacts import spec_hash, stable_hash
 from .datasets import Dataset, Images, as_images, dataset_info, few_shot
-from .generation import STRENGTHS, SynthesisSpec, find_model, synthesis_of
+from .generation import STRENGTHS, SynthesisSpec, model_of, synthesis_of
 from .miniature.typeset import WEB, corpus
 from .style_inversion import InversionSpec, inversion_spec, token_words
 from .synthetic_sets import SyntheticSet
@@ -128,10 +128,6 @@ def sets_of(settings, # of a profile
 def real_of(data: Dataset, shots: int, seed: int) -> Images: # shots: 0 is full
     "The real images that a run may see."
     return few_shot(data.train, shots, seed) if shots else data.train
-
-def model_of(settings) -> str: # "miniature", a folder or "id@revision", as `load_pipeline` takes it
-    "The text-to-image model of a profile."
-    return settings.model if find_model(settings.model)[0] else f"{settings.model}@{settings.revision}"
 
 def inversion_of(settings, # of a profile
                  data: Dataset,

@@ -12,11 +12,12 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from bridgexfer import clip_tuning
 from bridgexfer.artefacts import PACKAGE, spec_hash
-from bridgexfer.clip_tuning import (CLIP_PIPELINES, ClipSpec, clip_transfer, clip_weights, deal, embed_images, image_embeddings, load_clip, synthetic_loss,
+from bridgexfer.clip_tuning import (CLIP_PIPELINES, ClipSpec, clip_transfer, deal, embed_images, image_embeddings, load_clip, synthetic_loss,
                                     tune, zero_shot_head)
 from bridgexfer.datasets import as_images, few_shot, load_dataset
 from bridgexfer.finetune import NonFiniteLoss
 from bridgexfer.fixed_features import Head, head_predict
+from bridgexfer.generation import find_weights
 from bridgexfer.miniature.typeset import DIGITS, corpus
 from bridgexfer.prompts import SINGLE_TEMPLATE
 from bridgexfer.records import plain
@@ -195,7 +196,7 @@ def test_absent_and_damaged_clips(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="is not a whole CLIP: .*image processor"): load_clip(str(FOLDER))  # how to prepare images is known of the name 'miniature' alone
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="someone/something.* cache .*HF_HUB_OFFLINE is set") as e: load_clip("someone/something@v1")
-    assert len(str(e.value).splitlines()) == 1 and clip_weights("someone/something") == "someone/something@main"
+    assert len(str(e.value).splitlines()) == 1 and find_weights("someone/something", "clip") == "someone/something@main"
 
 
 def test_a_folder_with_an_image_processor_is_opened(clip, data, tmp_path):
