@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'LABELS', 'CONTROL_LABELS', 'METHODS', 'MARKS', 'plain', 'record_path', 'find_record', 'write_record',
-           'job_name', 'job_path', 'write_job', 'read_job', 'to_frame', 'read_jobs', 'published', 'read_rates',
-           'shots_label', 'plus_minus', 'show_table']
+           'record_run', 'job_name', 'job_path', 'write_job', 'read_job', 'to_frame', 'read_jobs', 'published',
+           'read_rates', 'shots_label', 'plus_minus', 'show_table']
 
 # %% ../nbs/16_records.ipynb #404d8208
 import math
 import re
+from collections.abc import Callable
 from numbers import Integral, Real
 from pathlib import Path
+from time import time
 import numpy as np
 import pandas as pd
-from .artefacts import as_dict, read_json, spec_hash, write_json
+from .artefacts import as_dict, provenance, read_json, spec_hash, write_json
 
 # %% ../nbs/16_records.ipynb #45924db0
 def plain(value, # JSON values, NumPy numbers and arrays among them
@@ -69,6 +71,17 @@ def write_record(folder: str | Path, # the profile's runs
         raise ValueError(f"{path} holds another result for this spec (they differ in {', '.join(differing)}): "
                          "if the method has changed, raise its version; if the record is wrong, delete it.")
     return path
+
+# %% ../nbs/16_records.ipynb #3f7c4d36
+def record_run(folder: str | Path, # the profile's runs
+               kind: str, # a word of `KINDS`
+               spec, # a frozen dataclass
+               make: Callable, # () -> result
+               device: str = "cpu", # where it runs
+              ) -> Path: # of the record
+    "The record of a spec, found or made."
+    path, started = record_path(folder, kind, spec), time()
+    return path if path.exists() else write_record(folder, kind, spec, make(), provenance(started, device))
 
 # %% ../nbs/16_records.ipynb #7c72aa85
 def job_name(dataset: str) -> str: # fit for a file's name

@@ -62,6 +62,8 @@ class Settings:
     def runs_dir(self) -> Path: return self.root/self.values["runs"]/self.profile
     @property
     def figures_dir(self) -> Path: return self.root/self.values["figures"]/self.profile
+    @property
+    def data_dir(self) -> Path: return self.root/self.values["data"]
 
 # %% ../nbs/00_settings.ipynb #b7e536d6
 def load_settings(profile: str | None = None, # a section of settings.ini; its default profile if empty
