@@ -242,7 +242,7 @@ def caveats(spec: SynthesisSpec, remark: str = "") -> list: # sentences
     "What a user of a set should beware of."
     real = [f"Its prompts name words that were learned from real images (token {spec.token})."] if spec.token else []
     if spec.reference: real.append(f"Its images set out from real ones ({spec.reference}), whose licence and privacy they may inherit; strength {spec.strength:g}.")
-    return [*CAVEATS, *real, *([remark] if remark else [])]
+    return [*CAVEATS, *real, *([f"Of the dataset whose classes these are: {remark}."] if remark else [])]
 
 def card(spec: SynthesisSpec, # the set
          per_class: int, # images of each class

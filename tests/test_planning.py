@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from bridgexfer.planning import H100, SD15, Counter, Rate, Rates, Target, Work, paper_targets, plan, show_plan, targets_of, work_of
+from bridgexfer.planning import H100, SD15, Counter, Rate, Rates, Target, Work, plan, show_plan, targets_of, work_of
 from bridgexfer.settings import load_settings
 from bridgexfer.sweeps import SWEEPS, groups_of, datasets_of, runs_of, sets_of
 from bridgexfer.transfer import Run
@@ -81,7 +81,7 @@ def test_the_plan_of_the_paper_is_made_in_seconds():
 
 
 def test_the_papers_targets():
-    ten = paper_targets()
+    ten = targets_of(load_settings("paper"))
     assert len(ten) == 10 and ten["cars"].classes == 196 and ten["dogs"].classes == 120 and ten["sun397"].train == 19850
     core = 1000 * sum(t.classes for t in ten.values())
     assert core == 1_401_000 and plan([Work("core", "generate", SD15, images=core)], H100).hours.item() == pytest.approx(83, abs=1)
