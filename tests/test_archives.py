@@ -360,6 +360,12 @@ def test_bombs_are_stopped_and_leave_nothing(tmp_path, make, file):
     assert extract(archive, tmp_path/"out", limit_bytes=2 * 10**6, limit_files=2) == tmp_path/"out" and sorted(os.listdir(tmp_path/"out")) == ["a", "b"]
 
 
+def test_empty_members_count_too(tmp_path):
+    archive = tar(tmp_path/"a.tar", *((f"d{i}", tarfile.DIRTYPE) for i in range(3)), ("empty", b""))
+    with pytest.raises(ValueError, match="more than 3 files"): extract(archive, tmp_path/"out", limit_files=3)
+    assert len(os.listdir(extract(archive, tmp_path/"out", limit_files=4))) == 4
+
+
 def test_extracting_joins_folders_and_ignores_modes(tmp_path):
     (tmp_path/"out"/"a").mkdir(parents=True)
     (tmp_path/"out"/"a"/"old").write_text("old")
