@@ -178,12 +178,12 @@ def test_style():
 
 
 def test_modules_import_only_what_comes_before_them():
-    order = {re.search(r"#\| default_exp (\S+)", text)[1]: int(nb.name[:2])
+    order = {re.search(r"#\| default_exp (\S+)", text)[1]: nb.name.split("_")[0]
              for nb in LIBRARY if nb.name[:2].isdigit() for text in ["\n".join(map(source, cells(nb)))] if "default_exp" in text}
     for module, number in order.items():
         tree = ast.parse((ROOT/f"bridgexfer/{module}.py").read_text())
         imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1}
-        late = {m for m in imported if order.get(m, -1) >= number}
+        late = {m for m in imported if order.get(m, "") >= number}
         assert not late, f"{module} imports {', '.join(late)}, which comes later"
 
 
