@@ -7,6 +7,7 @@ ARCHS    ?=
 IMAGES   ?=
 SEEDS    ?=
 SHOTS    ?=
+FETCH    ?= # datasets to download, for `make datasets`
 SET      ?= # any other settings, as in SET="lr=0.01 guidance=5"
 ARGS     ?= # more for pytest, as in ARGS="-k digits"
 
@@ -18,7 +19,7 @@ CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
 WORKFLOW = $(RUN) snakemake --profile profiles/local
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG))
 
-.PHONY: help env study paper plan tune test test-all check lab readme cost miniature clean
+.PHONY: help env study paper plan tune datasets test test-all check lab readme cost miniature clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -42,6 +43,9 @@ plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk
 
 tune: $(STAMP) ## choose the learning rates on validation data: Table 5, which `make study` reads
 	@$(WORKFLOW) learning_rates $(WITH)
+
+datasets: $(STAMP) ## the paper's ten datasets: found or not, and what to do; FETCH="pets dtd" downloads
+	@$(RUN) bridgexfer datasets $(if $(strip $(PROFILE)),--profile "$(strip $(PROFILE))") $(if $(strip $(FETCH)),--fetch $(FETCH))
 
 test: $(STAMP) ## modules, notebooks and the core of the study (about 10 minutes on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)

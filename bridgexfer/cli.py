@@ -31,16 +31,16 @@ def _notice(settings) -> None:
 def check(args):
     "Look through a folder of labelled images."
     from bridgexfer.folders import check_folder
-    report = check_folder(args.dataset)
-    if args.csv: report.findings.to_csv(args.csv, index=False)
-    return 0 if report.ok else 1, report.to_dict(), report.text()
+    report = check_folder(args.dataset, write=getattr(args, "csv", None))
+    return 0 if report.ok else 1, report.to_dict(), report.text(None if getattr(args, "all", False) else 3)
 
 def datasets(args):
-    "The paper's ten datasets: found or not, where, how many images, what to do."
-    from bridgexfer.archives import archive_table
+    "The paper's ten datasets: found or not, where, how many images, what to do; with --fetch, download what can be had."
+    from bridgexfer.archives import archive_table, archive_text, download
     from bridgexfer.settings import load_settings
-    table = archive_table(load_settings(args.profile).data_dir)
-    return 0, json.loads(table.to_json(orient="records")), table.to_string(index=False)
+    root = load_settings(args.profile).data_dir
+    for name in args.fetch or (): download(name, root)
+    return 0, archive_table(root), archive_text(root)
 
 def verify(args):
     "Compare every image of a synthetic set with its spec."
@@ -109,8 +109,9 @@ def transfer(args):
 # %% ../nbs/22_cli.ipynb #a7fba251
 COMMANDS = {"check": check, "datasets": datasets, "invert": invert, "generate": generate, "verify": verify, "leep": leep, "transfer": transfer}
 OPTIONS = { # command -> its options
-    "check": {"dataset": dict(metavar="FOLDER", help="train/<class>/ and test/<class>/, or <class>/ alone"), "--csv": dict(metavar="FILE", help="write the findings as a table as well")},
-    "datasets": {},
+    "check": {"dataset": dict(metavar="FOLDER", help="train/<class>/ and test/<class>/, or <class>/ alone"), "--all": dict(action="store_true", help="list every file, not the first three of each kind"),
+              "--csv": dict(metavar="FILE", help="write the findings as a table as well")},
+    "datasets": {"--fetch": dict(nargs="+", metavar="NAME", help="download, check and extract these: aircraft pets ... (0.1 to 39 GB each)")},
     "invert": {}, "generate": {"--style": dict(action="store_true", help="in the dataset's learned style; the token is learned first if need be"),
                                "--export": dict(metavar="FOLDER", help="write image files too, a folder for each class")},
     "verify": {"folder": dict(metavar="SET", help="a folder with spec.json and shards"), "--repair": dict(action="store_true", help="make again what is missing or damaged")},

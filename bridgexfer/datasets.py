@@ -339,7 +339,7 @@ def dataset_info(name: str, # a name of the registry, or a folder
     if name in DATASETS: return DATASETS[name][0]
     if name in TEN: return TEN[name]
     if Path(name).is_dir(): return _folder_info(Path(name))
-    raise ValueError(f"Unknown dataset {name!r}: choose {', '.join([*DATASETS, *TEN])}, or give a folder that holds train/<class>/ and test/<class>/.")
+    raise ValueError(f"Unknown dataset {name!r}: choose {', '.join([*DATASETS, *TEN])}, or give a folder that holds <class>/ or train/<class>/ and test/<class>/.")
 
 def load_dataset(name: str, # a name of the registry, or a folder
                  side: int = 32, # of the stored images, pixels

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = sorted((ROOT/"nbs").glob("*.ipynb"))
 MINIATURE = sorted((ROOT/"nbs/miniature").glob("*.ipynb"))
 BENCHMARKS = sorted((ROOT/"nbs/benchmarks").glob("*.ipynb"))
+TUTORIALS = sorted((ROOT/"nbs/tutorials").glob("*.ipynb"))
 INDEX = ROOT/"nbs/index.ipynb"
 JOBS = sorted((ROOT/"nbs/jobs").glob("*.ipynb"))
 PAPER = sorted((ROOT/"nbs/paper").glob("*.ipynb"))
@@ -168,7 +169,7 @@ def test_notebooks_are_clean(tmp_path):
     shutil.copy(ROOT/"pyproject.toml", tmp_path)
     done = run("nbdev-clean", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    dirty = [name(p) for p in [*LIBRARY, *MINIATURE, *JOBS, *PAPER] if p.read_text() != (tmp_path/"nbs"/name(p)).read_text()]
+    dirty = [name(p) for p in [*LIBRARY, *MINIATURE, *JOBS, *PAPER, *BENCHMARKS, *TUTORIALS] if p.read_text() != (tmp_path/"nbs"/name(p)).read_text()]
     assert not dirty, f"run nbdev-clean: {', '.join(dirty)}"
 
 
@@ -203,7 +204,7 @@ def test_snakefile_knows_every_job_and_paper_notebook():
     assert {p for p in re.findall(r'"(\w+)": "', papers)} == {p.stem for p in PAPER}
 
 
-@pytest.mark.parametrize("notebook", [n for n in [*LIBRARY, *MINIATURE, *BENCHMARKS] if n != INDEX], ids=name)
+@pytest.mark.parametrize("notebook", [n for n in [*LIBRARY, *MINIATURE, *BENCHMARKS, *TUTORIALS] if n != INDEX], ids=name)
 def test_notebook_runs(notebook):
     done = run("nbdev-test", notebook, "--n-workers", 0)
     assert done.returncode == 0, done.stdout + done.stderr
