@@ -164,10 +164,10 @@ def draw_confusion(outcome: Outcome,
     from bridgexfer.plots import theme
     ours, theirs = (100 * confusion(outcome, p) for p in ("bridged_pp", "vanilla"))
     worst = np.sort(np.argsort(np.minimum(ours.diagonal(), theirs.diagonal()), kind="stable")[:most])
-    names, side = [outcome.data.info.names[i] for i in worst], 1 + .25 * len(worst)
+    names, side, change = [outcome.data.info.names[i] for i in worst], 1 + .25 * len(worst), max(1, abs(ours - theirs).max())
     with theme():
         fig, axes = plt.subplots(1, 2, figsize=(2 * side + 2, side + .8), layout="constrained", sharey=True)
-        for ax, values, how in zip(axes, (ours, ours - theirs), (dict(cmap="Blues", vmin=0, vmax=100), dict(cmap="PuOr_r", center=0))):
+        for ax, values, how in zip(axes, (ours, ours - theirs), (dict(cmap="Blues", vmin=0, vmax=100), dict(cmap="PuOr_r", vmin=-change, vmax=change))):
             sns.heatmap(values[np.ix_(worst, worst)], ax=ax, square=True, annot=len(worst) <= 12, fmt=".0f", xticklabels=names, yticklabels=names, annot_kws=dict(fontsize=6), cbar_kws=dict(shrink=.6), **how)
             ax.set(xlabel="predicted")
         axes[0].set(ylabel="true class", title=f"{LABELS['bridged_pp']} (%)")

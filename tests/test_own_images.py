@@ -1,0 +1,150 @@
+"""The practitioner's path: commands, exit codes, and what must not be looked at."""
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from PIL import Image
+
+from bridgexfer.artefacts import PACKAGE
+from bridgexfer.cli import COMMANDS, main
+from bridgexfer.datasets import Dataset, as_images, load_dataset
+from bridgexfer.generation import synthesis_spec
+from bridgexfer.own_images import own_images, own_rates, own_runs, own_settings
+from bridgexfer.synthetic_sets import SyntheticSet, card, generate
+
+ROOT = Path(__file__).parents[1]
+SMALL = dict(images="8", steps="2", epochs="1", stage1_epochs="1", lrs="0.1 0.01", seeds="0 1")
+
+
+def write(folder, per_class=(6, 4), names=("one", "three")): # train, test
+    digits = load_dataset("digits")
+    for split, images, count in (("train", digits.train, per_class[0]), ("test", digits.test, per_class[1])):
+        for name in names:
+            (folder/split/name).mkdir(parents=True)
+            at = np.flatnonzero(images.labels == digits.info.names.index(name if name in digits.info.names else "seven"))[:count]
+            for i in at: Image.fromarray(images.pixels[i]).save(folder/split/name/f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path): return write(tmp_path/"my digits")
+
+
+@pytest.fixture
+def settings(folder, tmp_path): return own_settings(str(folder), "miniature", runs=str(tmp_path/"runs"), **SMALL)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as e: main([command, "--help"])
+    assert e.value.code == 0 and COMMANDS[command].__doc__.split(":")[0].split("(")[0][:30] in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from bridgexfer.cli import parser; parser().format_help(); print(sorted({'torch', 'numpy', 'pandas', 'diffusers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_check_is_for_scripts(folder, capsys, tmp_path):
+    assert main(["check", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+    (folder/"train"/"one"/"broken.png").write_bytes(b"no image")
+    assert main(["check", str(folder), "--json", "--csv", str(tmp_path/"found.csv")]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is False and [f["file"] for f in report["findings"]] == ["train/one/broken.png"]
+    assert "train/one/broken.png" in (tmp_path/"found.csv").read_text()
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["check", "no such folder"], "no such folder"),
+    (["generate", "digits", "--set", "guidance"], "key=value"),
+    (["generate", "digits", "--set", "guidanse=3"], "Unknown setting guidanse"),
+    (["generate", "digits", "--profile", "tiny"], "Unknown profile 'tiny'"),
+    (["verify", "."], "not a synthetic set"),
+    (["leep", "digits", "--arch", "resnet19"], "Unknown architecture 'resnet19'"),
+    (["transfer", "digits", "--out", "nbs"], "nbs is not an empty folder")])
+def test_wrong_input_is_one_line_on_standard_error_and_exit_code_2(argv, said, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert said in err and len(err.strip().splitlines()) == 1 and not out
+
+
+def test_an_unreachable_hub_is_one_sentence_after_the_licence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert main(["generate", "digits", "--profile", "evening", "--set", f"runs={tmp_path}/runs"]) == 2
+    notice, error = capsys.readouterr().err.strip().splitlines()
+    assert "creativeml-openrail-m" in notice and "Attachment A" in notice and "No safety checker" in notice
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5@" in error and str(tmp_path) in error and "HF_HUB_OFFLINE" in error
+
+
+def test_nothing_is_trained_while_the_folder_has_errors(folder, tmp_path, capsys):
+    (folder/"test"/"one"/"copy.png").write_bytes(next((folder/"train"/"one").glob("*.png")).read_bytes())
+    out, runs = tmp_path/"out", tmp_path/"runs"
+    assert main(["transfer", str(folder), "--profile", "miniature", "--out", str(out), "--set", f"runs={runs}"]) == 1
+    assert "leak" in capsys.readouterr().out and not out.exists() and not runs.exists()
+
+
+def test_rates_are_chosen_without_the_test_images(settings, folder, tmp_path):
+    data = load_dataset(str(folder), settings.stored_side)
+    rates = own_rates(settings, data, "mini_resnet10")
+    assert {"vanilla", "bridged_pp"} == set(rates.index)
+    noise = as_images(np.random.default_rng(0).integers(256, size=data.test.pixels.shape), data.test.labels, data.info.names)
+    other = replace(settings, values={**settings.values, "runs": str(tmp_path/"other")})
+    assert own_rates(other, Dataset(data.info, data.train, noise), "mini_resnet10").equals(rates)
+
+
+def test_a_set_of_other_classes_is_refused(settings, folder, tmp_path):
+    data, run = load_dataset(str(folder), settings.stored_side), own_runs(settings)[1]
+    other = generate(synthesis_spec("miniature", ("one", "seven"), steps=2, side=32, stored_side=32, format="png", shard=8), tmp_path/"sets", 8, progress=False)
+    with pytest.raises(ValueError, match="one, seven.*one, three.*must agree"): own_images(settings, data, run, given=other)
+
+
+def test_a_set_travels(tmp_path): # to a machine without its model, and the card says what to beware of
+    made = generate(synthesis_spec("miniature", ("one", "seven"), steps=2, side=32, stored_side=32, format="png", shard=4), tmp_path/"here", 4, progress=False, remark="all images come from ImageNet")
+    there = (tmp_path/"there")
+    made.folder.rename(there)
+    spec = json.loads((there/"spec.json").read_text())
+    (there/"spec.json").write_text(json.dumps({**spec, "model": "/a/model/that/is/gone"}))
+    moved = SyntheticSet(there)
+    assert not moved.verify() and len(moved.images(4)) == 8
+    text = (there/"README.md").read_text()
+    head = json.loads(text.split("---")[1])
+    assert head["license"] == "apache-2.0" and "synthetic" in head["tags"]
+    for word in ("repeated pictures", "No safety checker", "all images come from ImageNet", "what the prompt asked for", made.spec.weights): assert word in text
+    assert "license\": \"unknown" in card(moved.spec, 4) # a model that is not at hand
+
+
+WEIRD = ("a;touch pwned", "$(touch pwned)", "it's `touch pwned`", "-rf", "two  words")
+
+@pytest.mark.parametrize("name", WEIRD)
+def test_names_reach_no_shell(name, tmp_path, monkeypatch):
+    folder = write(tmp_path/name, (2, 1), ("one", "three"))
+    monkeypatch.chdir(ROOT)
+    s = own_settings(str(folder), "smoke", runs=str(tmp_path/"runs"))
+    assert s.datasets == (str(folder),)
+    assert main(["generate", str(folder), "--profile", "smoke", "--images", "20", "--set", f"runs={tmp_path}/runs", "--export", str(tmp_path/"out")]) == 0
+    assert sorted(p.name for p in (tmp_path/"out").iterdir()) == ["000-one", "001-three"] and not list(ROOT.glob("pwned")) and not list(tmp_path.glob("**/pwned"))
+
+
+def test_papermill_lines_quote_a_datasets_name(tmp_path): # as far as settings.ini can name it: without blanks
+    folder = write(tmp_path/"a;b'c$(d)&e", (2, 1))
+    config = ["profile=smoke", f"datasets={folder}", f"runs={tmp_path}/runs", f"figures={tmp_path}/figures"]
+    done = subprocess.run([Path(sys.executable).with_name("snakemake"), "--profile", "profiles/local", "study", "--dry-run", "--printshellcmds", "--config", *config], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [l.strip() for l in (done.stdout + done.stderr).splitlines() if re.match(r"\s*papermill .*transfer\.ipynb", l)]
+    assert lines and all(str(folder) in shlex.split(l) for l in lines)
+
+
+def test_nothing_is_unpickled_and_no_remote_code_is_trusted():
+    code = "\n".join(p.read_text() for p in PACKAGE.rglob("*.py"))
+    assert not re.findall(r"torch\.load\b|\bpickle\b|allow_pickle=True|trust_remote_code|\beval\(|\bos\.system|shell=True", code.replace("model.eval()", "").replace(".eval()", ""))

@@ -1,0 +1,70 @@
+"""A pipeline of Stable Diffusion 1.5's true shape, with random weights, through generation and style inversion."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from bridgexfer.artefacts import PACKAGE, spec_hash
+from bridgexfer.datasets import as_images
+from bridgexfer.generation import load_pipeline, load_token, synthesis_spec
+from bridgexfer.style_inversion import invert, inversion_spec, token_words
+from bridgexfer.synthetic_sets import SyntheticSet, generate
+
+pytestmark = pytest.mark.slow # some minutes and 8 GiB of memory
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory): # the folder layout of the hub, safetensors alone, with the safety checker named but not there
+    folder = tmp_path_factory.mktemp("sd15")
+    torch.manual_seed(0)
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=77,
+                                        hidden_act="quick_gelu", projection_dim=768))
+    vae = AutoencoderKL(3, 3, ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4, (128, 256, 512, 512), 2, latent_channels=4, sample_size=512, scaling_factor=0.18215)
+    unet = UNet2DConditionModel(64, 4, 4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8)
+    for name, part in dict(text_encoder=text, vae=vae, unet=unet).items(): part.to(torch.bfloat16).save_pretrained(folder/name, safe_serialization=True)
+    PNDMScheduler(1000, 0.00085, 0.012, "scaled_linear", skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1).save_pretrained(folder/"scheduler")
+    shutil.copytree(PACKAGE/"weights"/"pipeline"/"tokenizer", folder/"tokenizer") # true words, fewer of them
+    (folder/"model_index.json").write_text(json.dumps({
+        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.6.0", "feature_extractor": [None, None], "requires_safety_checker": True,
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "scheduler": ["diffusers", "PNDMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(sd15): return load_pipeline(str(sd15), "bfloat16")
+
+
+def test_it_has_the_published_size_and_no_safety_checker(pipe):
+    size = {n: sum(p.numel() for p in getattr(pipe, n).parameters()) for n in ("text_encoder", "unet", "vae")}
+    assert size == {"text_encoder": 123_060_480, "unet": 859_520_964, "vae": 83_653_863} # as counted on the published weights
+    assert pipe.safety_checker is None and pipe.unet.dtype == torch.bfloat16
+
+
+def test_generation_for_a_step(sd15, pipe, tmp_path):
+    spec = synthesis_spec(str(sd15), ("cat",), steps=1, side=512, stored_side=256, format="jpeg", precision="bfloat16", batch=1, shard=1)
+    made = generate(spec, tmp_path, 1, pipe=pipe, progress=False)
+    image = made.images(1).pixels[0]
+    assert image.shape == (256, 256, 3) and image.std() > 0 and not SyntheticSet(made.folder).verify()
+    assert "256 pixels, jpeg" in (made.folder/"README.md").read_text()
+
+
+def test_style_inversion_for_a_step(sd15, pipe, tmp_path):
+    rng = np.random.default_rng(0)
+    images = as_images(rng.integers(256, size=(1, 512, 512, 3)), [0], ("cat",))
+    before = {k: v.clone() for k, v in pipe.text_encoder.state_dict().items()}
+    spec = inversion_spec(str(sd15), images, "pets", "style", steps=1, lr=5e-3, batch=1, init="photo", side=512)
+    folder = invert(spec, images, tmp_path, pipe=pipe, label=None)
+    word, = token_words(spec)
+    vector = load_file(folder/"learned_embeds.safetensors")[word]
+    assert vector.shape[-1] == 768 and torch.isfinite(vector).all() and folder.name == spec_hash(spec)
+    start = before["embeddings.token_embedding.weight" if "embeddings.token_embedding.weight" in before else "text_model.embeddings.token_embedding.weight"]
+    word_of_start = pipe.tokenizer.convert_tokens_to_ids("photo</w>")
+    assert not torch.equal(vector.flatten().float(), start[word_of_start].float()) # a step was taken
+    assert all(torch.equal(v, pipe.text_encoder.state_dict()[k]) for k, v in before.items()) # and nothing else has moved
+    assert load_token(pipe, folder) == (word,) and word in pipe.tokenizer.get_vocab()
