@@ -1,9 +1,14 @@
 """Splits and subsets: nothing overlaps, few-shot subsets nest, mistakes are named with the choices."""
+import errno
+import os
+
 import numpy as np
 import pytest
+from archives_fixture import write_archive
 from PIL import Image
 
-from bridgexfer.datasets import DATASETS, as_images, dataset_info, few_shot, hold_out, load_dataset, measure
+from bridgexfer import datasets
+from bridgexfer.datasets import DATASETS, as_images, dataset_info, decoded, few_shot, hold_out, load_dataset, measure, read_image, train_size
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -82,3 +87,37 @@ def test_upright_by_exif(tmp_path):
     image.save(tmp_path/"a.png", exif=exif)
     from bridgexfer.datasets import read_image
     assert read_image(tmp_path/"a.png", 8)[7, 0].tolist() == [255, 0, 0]
+
+
+def test_an_archive_of_full_size_becomes_a_dataset(tmp_path, monkeypatch): # DTD: the smallest of those whose well-known public loader takes train for test
+    written = write_archive("dtd", tmp_path, images="tiny")
+    data = load_dataset("dtd", 16, tmp_path)
+    assert (len(data.train), len(data.test)) == data.info.counts == (3760, 1880) and len(data.info.names) == 47 and data.info.metric == "top1"
+    test = {path for path, _ in written.test}
+    first = sorted(test)[0]
+    assert np.array_equal(data.test.pixels[0], read_image(tmp_path/first, 16)) # test is test, in the listing's order
+    assert set(np.bincount(data.test.labels)) == {40} and isinstance(data.train.pixels.base, np.memmap) # mapped, not read
+    monkeypatch.setattr(datasets, "read_image", None) # decoded once: no second load reads an image
+    again = load_dataset("dtd", 16, tmp_path)
+    assert again.train.digest == data.train.digest and again.test.digest == data.test.digest
+    again.train.pixels[0] = 0 # what a process writes stays its own
+    assert load_dataset("dtd", 16, tmp_path).train.digest == data.train.digest
+
+
+def test_a_full_disk_is_found_before_the_first_image_is_decoded(tmp_path, monkeypatch):
+    def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(datasets, "read_image", None)
+    with pytest.raises(OSError, match="No space left"): decoded([tmp_path/"a.png"] * 9, 16, tmp_path/"kept.npy")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["aircraft", "pets", "sun397"])
+def test_an_absent_archive_says_what_to_do(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is missing: ") as e: load_dataset(name, 32, tmp_path)
+    assert str(tmp_path) in str(e.value) and ("download(" in str(e.value))
+
+
+def test_sizes_are_known_without_images(tmp_path):
+    assert train_size("sun397") == 19850 and train_size("digits") == len(load_dataset("digits").train)
+    for name in DATASETS: assert dataset_info(name).counts == (len(load_dataset(name).train), len(load_dataset(name).test))
