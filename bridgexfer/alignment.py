@@ -8,7 +8,6 @@ __all__ = ['evenly', 'descriptions', 'within', 'across', 'kernel_distance', 'nea
 # %% ../nbs/14_alignment.ipynb #bc1e263c
 from dataclasses import dataclass
 import numpy as np
-from sklearn.metrics.pairwise import polynomial_kernel
 from .artefacts import stable_hash
 from .datasets import Images, few_shot
 from .prompts import templates
@@ -33,12 +32,17 @@ def descriptions(how, # a SynthesisSpec: its templates, style, words and names
     return [sentences[stable_hash(seed, "description", int(row)) % len(sentences)].replace("{}", words[c], 1) for row, c in zip(images.rows, images.labels)]
 
 # %% ../nbs/14_alignment.ipynb #9800880c
+def _kernel(x, y=None, gamma=1.) -> np.ndarray: # (m, n) float64; y: None is x
+    "The cubic kernel of all pairs."
+    from sklearn.metrics.pairwise import polynomial_kernel # here, because it takes longer to import than to use
+    return polynomial_kernel(np.asarray(x, np.float64), None if y is None else np.asarray(y, np.float64), degree=3, gamma=gamma, coef0=1)
+
 def within(x: np.ndarray, # (n, d) features
            gamma: float = 1., # of the kernel
           ) -> float:
     "How alike the images of a set are: the mean of the cubic kernel over pairs of different images."
     if len(x) < 2: raise ValueError(f"A distance needs two images of each set at least, got {len(x)}.")
-    k = polynomial_kernel(np.asarray(x, np.float64), degree=3, gamma=gamma, coef0=1)
+    k = _kernel(x, gamma=gamma)
     return float((k.sum() - np.trace(k)) / (len(x) * (len(x) - 1)))
 
 def across(x: np.ndarray, # (m, d) features
@@ -46,7 +50,7 @@ def across(x: np.ndarray, # (m, d) features
            gamma: float = 1., # of the kernel
           ) -> np.ndarray: # (m,)
     "How alike each image of one set is to the other set: the mean of the cubic kernel."
-    return polynomial_kernel(np.asarray(x, np.float64), np.asarray(y, np.float64), degree=3, gamma=gamma, coef0=1).mean(1)
+    return _kernel(x, y, gamma).mean(1)
 
 def kernel_distance(x: np.ndarray, # (m, d) features, of length one if gamma is 1
                     y: np.ndarray, # (n, d) features

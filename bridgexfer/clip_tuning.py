@@ -11,41 +11,43 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
+from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import constants
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 from .artefacts import stable_hash, unhashed
 from .datasets import Images, measure
 from .finetune import NonFiniteLoss
 from .fixed_features import FeatureSpec, Head, cached_features, head_predict
 from .generation import find_model, find_weights
 from .prompts import templates
+if TYPE_CHECKING: from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer # functions import it where they need it
 
 # %% ../nbs/13_clip_tuning.ipynb #56c76cf5
 @dataclass(frozen=True, eq=False)
 class Clip:
     "A CLIP model, open and frozen."
-    model: CLIPModel
-    tokenizer: CLIPTokenizer
-    processor: CLIPImageProcessor
+    model: "CLIPModel"
+    tokenizer: "CLIPTokenizer"
+    processor: "CLIPImageProcessor"
     weights: str # digest of its folder, or "id@revision"
 
 
 
 # %% ../nbs/13_clip_tuning.ipynb #ba7708e3
-def _processor(place: str, miniature: bool, model: CLIPModel, where: dict) -> CLIPImageProcessor:
+def _processor(place: str, miniature: bool, model: "CLIPModel", where: dict) -> "CLIPImageProcessor":
     "How images are prepared; the miniature's pixels were scaled to [-1, 1]."
+    from transformers import CLIPImageProcessor
     if not miniature: return CLIPImageProcessor.from_pretrained(place, **where)
     side = model.config.vision_config.image_size
     return CLIPImageProcessor(size=dict(shortest_edge=side), crop_size=dict(height=side, width=side), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 
 def _open(place: str, miniature: bool, where: dict) -> tuple: # model, tokenizer, processor
     "The parts of a CLIP; weights that are missing are an error, not random numbers."
+    from transformers import AutoConfig, CLIPModel, CLIPTokenizer
     if (kind := AutoConfig.from_pretrained(place, **where).model_type) != "clip": raise OSError(f"its config.json says {kind!r}, not 'clip'")
     model, info = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **where)
     if info["missing_keys"]: raise OSError(f"weights are missing, {sorted(info['missing_keys'])[0]} among them")
@@ -56,6 +58,7 @@ def load_clip(name: str, # "miniature", a folder, "id" or "id@revision"
              ) -> Clip:
     "Open a CLIP for embedding, in 32 bits, with all parameters frozen."
     folder, id, revision = find_model(name, "clip")
+    from transformers.utils import logging as transformers_logging
     loud = transformers_logging.is_progress_bar_enabled()
     if folder: transformers_logging.disable_progress_bar()
     try: model, *rest = _open(str(folder or id), str(name) == "miniature", {} if folder else dict(revision=revision))

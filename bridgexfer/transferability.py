@@ -8,8 +8,6 @@ __all__ = ['HEADS', 'leep', 'label_entropy', 'log_me', 'h_score', 'RankCorrelati
 # %% ../nbs/11_transferability.ipynb #892d23bd
 from dataclasses import dataclass
 import numpy as np
-from scipy.stats import kendalltau, permutation_test, weightedtau
-from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import nn
 from .backbones import features, predict
 from .datasets import Images
@@ -99,6 +97,11 @@ def log_me(features: np.ndarray, # (n, d) what the head reads, one row per targe
     return float(_evidence(lam, *rest).mean())
 
 # %% ../nbs/11_transferability.ipynb #d30d033a
+def _shrinkage(centred: np.ndarray) -> float: # in [0, 1]; centred: (n, d)
+    "The coefficient of Ledoit and Wolf."
+    from sklearn.covariance import ledoit_wolf_shrinkage # here, because it takes longer to import than to use
+    return ledoit_wolf_shrinkage(centred, assume_centered=True)
+
 def h_score(features: np.ndarray, # (n, d) what the head reads, one row per target image
             labels: np.ndarray, # (n,) target labels, integers in 0..C-1
             classes: int, # C, the number of target classes
@@ -110,7 +113,7 @@ def h_score(features: np.ndarray, # (n, d) what the head reads, one row per targ
     centred = F - F.mean(0)
     U, s, _ = np.linalg.svd(centred, full_matrices=False)
     kept = s > np.finfo(np.float32).eps * np.linalg.norm(F)
-    a = ledoit_wolf_shrinkage(centred, assume_centered=True) if shrink and kept.any() else 0.
+    a = _shrinkage(centred) if shrink and kept.any() else 0.
     e = (1 - a) * s[kept]**2
     weight = e / (e + a * (s**2).sum() / F.shape[1]) # of each direction
     counts = np.bincount(labels, minlength=classes)
@@ -130,6 +133,7 @@ def rank_correlation(scores: np.ndarray, # (n,) of models, on one dataset
                      accuracies: np.ndarray, # (n,) of the same models after fine-tuning
                     ) -> RankCorrelation:
     "Do higher scores go with higher accuracies?"
+    from scipy.stats import kendalltau, permutation_test, weightedtau # here, because it takes longer to import than to use
     x, y = np.asarray(scores, np.float64), np.asarray(accuracies, np.float64)
     if x.ndim != 1 or x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise ValueError(f"Ranks need two lists of finite numbers, a score and an accuracy for each model, got {x.shape} and {y.shape}.")
