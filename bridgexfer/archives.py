@@ -293,7 +293,7 @@ def list_archive(name: str | Archive, # one of the ten
 # %% ../nbs/02a_archives.ipynb #99f54f9b
 def how_to_get(archive: Archive, root: str | Path) -> str: # one sentence
     "How to get what is missing of an archive."
-    fetched = f"`download({archive.name!r}, {str(root)!r})`"
+    fetched = f"`make datasets FETCH={archive.name}`, or `download({archive.name!r}, {str(root)!r})` in Python,"
     gone = [f for f in archive.files if not f.url and not all((Path(root)/h).exists() for h in f.holds)]
     if not gone: return f"{fetched} gets it ({tqdm.format_sizeof(sum(f.size for f in archive.files), 'B')})."
     def put(folder): return ", ".join(f"{f.name} ({tqdm.format_sizeof(f.size, 'B')}, {f.checksum})" for f in gone if f.into == folder) + f" into {Path(root)/folder}"

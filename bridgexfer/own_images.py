@@ -20,6 +20,7 @@ from .backbones import backbone, input_stats
 from .datasets import Dataset, dataset_info, hold_out
 from .finetune import NonFiniteLoss
 from .generation import model_of
+from .miniature.typeset import WEB
 from .records import LABELS, find_record, record_run, to_frame
 from .settings import load_settings
 from .statistics import choose_rates, compare, summary
@@ -36,8 +37,9 @@ def own_settings(dataset: str, # a folder, or a name of the registry
                  **overrides, # key="text", as for `load_settings`
                 ): # Settings
     "A profile that is about one dataset; its seeds share one synthetic set."
-    dataset_info(dataset) # refuses what is no dataset
-    s = load_settings(profile, **{"own_sets": 0, **overrides})
+    names, s = dataset_info(dataset).names, load_settings(profile, **{"own_sets": 0, **overrides})
+    unknown = sorted(set(names) - set(WEB.values())) if s.model == "miniature" else []
+    if unknown: raise ValueError(f"The shipped model draws letters and digits and knows no {unknown[0]!r}: take the profile evening, or another model.")
     return replace(s, values=MappingProxyType({**s.values, "datasets": (str(dataset),)}))
 
 def own_runs(settings, style: bool = False) -> list: # style: images in the dataset's learned style

@@ -68,6 +68,7 @@ def test_check_is_for_scripts(folder, capsys, tmp_path):
     (["generate", "digits", "--set", "guidanse=3"], "Unknown setting guidanse"),
     (["generate", "digits", "--profile", "tiny"], "Unknown profile 'tiny'"),
     (["verify", "."], "not a synthetic set"),
+    (["generate", "pets", "--profile", "miniature"], "draws letters and digits and knows no 'Abyssinian'"),
     (["leep", "digits", "--arch", "resnet19"], "Unknown architecture 'resnet19'"),
     (["transfer", "digits", "--out", "nbs"], "nbs is not an empty folder")])
 def test_wrong_input_is_one_line_on_standard_error_and_exit_code_2(argv, said, capsys, monkeypatch):
