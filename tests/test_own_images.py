@@ -142,7 +142,7 @@ def test_papermill_lines_quote_a_datasets_name(tmp_path): # as far as settings.i
     config = ["profile=smoke", f"datasets={folder}", f"runs={tmp_path}/runs", f"figures={tmp_path}/figures"]
     done = subprocess.run([Path(sys.executable).with_name("snakemake"), "--profile", "profiles/local", "study", "--dry-run", "--printshellcmds", "--config", *config], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [l.strip() for l in (done.stdout + done.stderr).splitlines() if re.match(r"\s*papermill .*transfer\.ipynb", l)]
+    lines = re.findall(r"^Shell command: (papermill .*/transfer\.ipynb.*)$", done.stdout + done.stderr, re.M)
     assert lines and all(str(folder) in shlex.split(l) for l in lines)
 
 
