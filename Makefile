@@ -8,7 +8,7 @@ IMAGES   ?=
 SEEDS    ?=
 SHOTS    ?=
 FETCH    ?= # datasets to download, for `make datasets`
-ON       ?= local# where jobs run, a folder of profiles: local, slurm
+ON       ?= local # where jobs run, a folder of profiles: local, slurm
 SET      ?= # any other settings, as in SET="lr=0.01 guidance=5"
 ARGS     ?= # more for pytest, as in ARGS="-k digits"
 SNAKEMAKE_ARGS ?= # more for snakemake, as in SNAKEMAKE_ARGS="--default-resources slurm_partition=gpu slurm_account=me"
