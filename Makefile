@@ -8,16 +8,18 @@ IMAGES   ?=
 SEEDS    ?=
 SHOTS    ?=
 FETCH    ?= # datasets to download, for `make datasets`
+ON       ?= local # where jobs run, a folder of profiles: local, slurm
 SET      ?= # any other settings, as in SET="lr=0.01 guidance=5"
 ARGS     ?= # more for pytest, as in ARGS="-k digits"
+SNAKEMAKE_ARGS ?= # more for snakemake, as in SNAKEMAKE_ARGS="--default-resources slurm_partition=gpu slurm_account=me"
 
 STAMP   := .venv/.complete
 RUN     := PATH="$(CURDIR)/.venv/bin:$$PATH"
 NARROW  := $(strip $(if $(strip $(DATASETS)),datasets="$(strip $(DATASETS))") $(if $(strip $(ARCHS)),archs="$(strip $(ARCHS))") \
   $(if $(strip $(IMAGES)),images="$(strip $(IMAGES))") $(if $(strip $(SEEDS)),seeds="$(strip $(SEEDS))") $(if $(strip $(SHOTS)),shots="$(strip $(SHOTS))") $(SET))
 CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
-WORKFLOW = $(RUN) snakemake --profile profiles/local
-WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG))
+WORKFLOW = $(RUN) snakemake --profile profiles/$(strip $(ON))
+WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG)) $(SNAKEMAKE_ARGS)
 
 .PHONY: help env study paper plan tune datasets test test-all check lab readme cost miniature clean
 .DEFAULT_GOAL := help
@@ -25,6 +27,7 @@ WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG))
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo 'study, paper, plan and tune take PROFILE= DATASETS= ARCHS= IMAGES= SEEDS= SHOTS= SET=, as in: make study DATASETS=digits SEEDS="0 1" SET=guidance=5'
+	@echo 'study, paper and tune also take ON=, where jobs run: make study PROFILE=paper ON=slurm'
 
 env: $(STAMP) ## the environment in .venv, from requirements.lock; made once, and again when the lock changes
 
@@ -50,7 +53,7 @@ datasets: $(STAMP) ## the paper's ten datasets: found or not, and what to do; FE
 test: $(STAMP) ## modules, notebooks and the core of the study (about 10 minutes on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)
 
-test-all: $(STAMP) ## the same, and every job and paper notebook in the smallest profile (20 minutes on two cores)
+test-all: $(STAMP) ## the same, and every job and paper notebook in the smallest profile, also on a SLURM of its own (25 minutes on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported

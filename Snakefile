@@ -10,11 +10,11 @@ import ast, json, os, re, shlex
 from functools import cache
 from pathlib import Path
 from snakemake.exceptions import WorkflowError
-from bridgexfer.artefacts import PACKAGE, code_hash, digest, stable_hash
+from bridgexfer.artefacts import PACKAGE, code_hash, digest, read_json, stable_hash
 from bridgexfer.datasets import dataset_info
-from bridgexfer.records import job_name, job_path
+from bridgexfer.records import job_name, job_path, write_job
 from bridgexfer.settings import load_settings
-from bridgexfer.sweeps import SWEEPS, archs_of, datasets_of, groups_of, runs_of, sets_of
+from bridgexfer.sweeps import SWEEPS, archs_of, datasets_of, groups_of, parts_of, runs_of, sets_of
 
 PAPERS = { # notebook of nbs/paper: the kinds of jobs whose results it reads
     "tab1_leep": "transferability", "tab2_pipelines": "core", "fig03_convergence": "core", "fig10_examples": "single",
@@ -57,6 +57,8 @@ SCOPE = {"profile", "runs", "figures", "data", "datasets", "archs"} # these are 
 SCOPE |= {k for k in s.values if k.endswith(("_datasets", "_shots", "_images", "_archs", "_pipelines"))} | {"volumes", "guidances"} # these make the lists of runs
 INVERSION = ("style_steps", "class_steps", "inversion_lr", "inversion_batch", "inversion_init") # these make tokens
 SCOPE |= set(INVERSION)
+RESOURCES = ("gpu", "cores", "memory", "hours", "parts") # no result depends on these, nor on `generate_hours` and the like
+SCOPE |= {k for k in s.values if k.split("_")[-1] in RESOURCES}
 
 def named(source): # every word of some code that is no comment and no prose
     found = (getattr(n, field, None) for n in ast.walk(ast.parse(source)) for field in ("id", "attr", "arg", "name", "value"))
@@ -71,6 +73,9 @@ def needs(notebook): # the hash of its code; the settings that it, or a module i
     published = digest("figures/published.csv") if "published" in words else ""
     return [code_hash(notebook), published, {k: repr(s.values[k]) for k in sorted(words & set(s.values) - SCOPE)}, digest(PACKAGE/"weights") if MINIATURE else ""]
 
+def kept(path): # a hash of the settings that it lists
+    return stable_hash(*(line for line in Path(path).read_text().splitlines() if line.split("=")[0].strip().split("_")[-1] not in RESOURCES))
+
 @cache
 def contents(dataset): # of a folder of the user's: it changes when an image does
     files = sorted(p for p in Path(dataset).rglob("*") if p.is_file()) if Path(dataset).is_dir() else []
@@ -83,14 +88,20 @@ def rates(): # the learning rates that `transfer` takes from the tuning
 
 # ---- papermill lines
 RUN = "papermill --engine ipc --no-progress-bar"
-THREADS = 1 if MINIATURE else workflow.cores
+THREADS = s.cores
 
 def given(**parameters): # `-p name value` for each one that is not empty
     return " ".join(f"-p {k} {shlex.quote(v)}" for k, v in parameters.items() if v)
 
-inner = {k: v for k, v in overrides.items() if k != "figures"} # a job draws none, and finds its learning rates with the usual ones
+inner = {k: v for k, v in overrides.items() if k != "figures" and k.split("_")[-1] not in RESOURCES} # a job draws none, and finds its learning rates with the usual ones
 JOB = given(profile=s.profile, overrides=json.dumps(inner) if inner else "")
 PAPER = given(profile=s.profile, overrides=json.dumps(overrides) if overrides else "")
+
+def asks(rule): # what its jobs ask of a machine: for a sweep's, `volume_hours` goes before `transfer_hours`, and that before `hours`
+    def setting(what, unit): return lambda w: int(unit * next(s.values[k] for k in (f"{w.get('sweep', rule)}_{what}", f"{rule}_{what}", what) if k in s.values))
+    return dict(gpu=setting("gpu", 1), mem_mb=setting("memory", 1000), runtime=setting("hours", 60)) # a number, MB, minutes
+
+PARTS = [f"{i}of{s.parts}" for i in range(1, s.parts + 1) if s.parts > 1]
 
 def made(kinds): # the files that all jobs of some kinds leave: a sweep, a group of sets, or tokens, alignment, transferability, tune
     def names(kind):
@@ -127,7 +138,8 @@ wildcard_constraints:
     token="|".join(map(re.escape, TOKENS)) or "none",
     sweep="|".join(x for x in SWEEPS if x not in ("fixed", "clip")),
     name="|".join(map(re.escape, GRID)),
-    dataset="|".join(map(re.escape, {**CLIP, **ALIGNED})) or "none"
+    dataset="|".join(map(re.escape, {**CLIP, **ALIGNED})) or "none",
+    part="|".join(f"[.]{p}" for p in PARTS) or "()"
 
 localrules: study, paper, jobs, learning_rates
 
@@ -151,7 +163,7 @@ rule invert: # learned tokens: of a dataset's style, or of its classes
             sets=lambda w: [repr(sets_of(s, *TOKENS[w.token])), inversion(TOKENS[w.token][0])]
     threads: THREADS
     priority: 2
-    resources: gpu=int(not MINIATURE)
+    resources: **asks("invert")
     shell: "{RUN} nbs/jobs/invert.ipynb {RUNS}/notebooks/invert-{wildcards.token}.ipynb {JOB}"
            " -p kind {params.on[0]} -p dataset {params.on[1]:q} > {log} 2>&1"
 
@@ -164,23 +176,34 @@ rule generate: # the synthetic images of one group of sets
             sets=lambda w: [repr(sets_of(s, *SETS[w.set])), inversion(SETS[w.set][0])]
     threads: THREADS
     priority: 2
-    resources: gpu=int(not MINIATURE)
+    resources: **asks("generate")
     shell: "{RUN} nbs/jobs/generate.ipynb {RUNS}/notebooks/generate-{wildcards.set}.ipynb {JOB}"
            " -p group {params.on[0]} -p key {params.on[1]:q} > {log} 2>&1"
 
-rule transfer: # fine-tuning: the runs of a sweep
+rule transfer: # fine-tuning: the runs of a sweep, or a part of them
     message: "Fine-tuning {params.on[2]} on {params.on[1]}: {params.on[0]}"
     input: lambda w: sets(w.sweep, GRID[w.name][0]), # and the core sweep before the others, which share runs with it
            lambda w: [f"{RUNS}/core/{w.name}.json"] if w.sweep != "core" and GRID[w.name][1] in s.archs else []
-    output: f"{RUNS}/{{sweep}}/{{name}}.json"
-    log: f"{RUNS}/logs/{{sweep}}-{{name}}.txt"
+    output: f"{RUNS}/{{sweep}}/{{name}}{{part}}.json"
+    log: f"{RUNS}/logs/{{sweep}}-{{name}}{{part}}.txt"
     params: needs=lambda w: needs("nbs/jobs/transfer.ipynb"), rates=lambda w: rates(), on=lambda w: [w.sweep, *GRID[w.name], contents(GRID[w.name][0])],
-            runs=lambda w: asked(w.sweep, GRID[w.name][0])
+            runs=lambda w: asked(w.sweep, GRID[w.name][0]), part=lambda w: given(part=w.part[1:])
     threads: THREADS
     priority: 1
-    resources: gpu=int(not MINIATURE)
-    shell: "{RUN} nbs/jobs/transfer.ipynb {RUNS}/notebooks/{wildcards.sweep}-{wildcards.name}.ipynb {JOB}"
-           " -p sweep {params.on[0]} -p dataset {params.on[1]:q} -p arch {params.on[2]} > {log} 2>&1"
+    resources: **asks("transfer")
+    shell: "{RUN} nbs/jobs/transfer.ipynb {RUNS}/notebooks/{wildcards.sweep}-{wildcards.name}{wildcards.part}.ipynb {JOB}"
+           " -p sweep {params.on[0]} -p dataset {params.on[1]:q} -p arch {params.on[2]} {params.part} > {log} 2>&1"
+
+if PARTS:
+    localrules: gather
+
+    rule gather: # the records of all parts, in the order in which one job would have listed them
+        input: lambda w: [f"{RUNS}/{w.sweep}/{w.name}.{part}.json" for part, some in zip(PARTS, parts_of(runs_of(s, w.sweep, GRID[w.name][0]), s.parts)) if some]
+        output: f"{RUNS}/{{sweep}}/{{name}}.json"
+        run:
+            runs = runs_of(s, wildcards.sweep, GRID[wildcards.name][0])
+            found = {run: Path(RUNS, record) for some, path in zip(parts_of(runs, s.parts), input) for run, record in zip(some, read_json(path)["records"], strict=True)}
+            write_job(output[0], [found[run] for run in runs])
 
 rule fixed: # the head alone is trained
     message: "Training heads on fixed features of {params.on[1]} on {params.on[0]}"
@@ -190,7 +213,7 @@ rule fixed: # the head alone is trained
     params: needs=lambda w: needs("nbs/jobs/fixed.ipynb"), on=lambda w: [*GRID[w.name], contents(GRID[w.name][0])], runs=lambda w: asked("fixed", GRID[w.name][0])
     threads: THREADS
     priority: 1
-    resources: gpu=int(not MINIATURE)
+    resources: **asks("fixed")
     shell: "{RUN} nbs/jobs/fixed.ipynb {RUNS}/notebooks/fixed-{wildcards.name}.ipynb {JOB}"
            " -p dataset {params.on[0]:q} -p arch {params.on[1]} > {log} 2>&1"
 
@@ -202,7 +225,7 @@ rule clip: # CLIP's head is tuned
     params: needs=lambda w: needs("nbs/jobs/clip.ipynb"), on=lambda w: CLIP[w.dataset], runs=lambda w: [asked("clip", CLIP[w.dataset]), contents(CLIP[w.dataset])]
     threads: THREADS
     priority: 1
-    resources: gpu=int(not MINIATURE)
+    resources: **asks("clip")
     shell: "{RUN} nbs/jobs/clip.ipynb {RUNS}/notebooks/clip-{wildcards.dataset}.ipynb {JOB}"
            " -p dataset {params.on:q} > {log} 2>&1"
 
@@ -214,7 +237,7 @@ rule alignment: # how near synthetic images are to the real ones
     params: needs=lambda w: needs("nbs/jobs/alignment.ipynb"), on=lambda w: [ALIGNED[w.dataset], contents(ALIGNED[w.dataset])], runs=lambda w: asked("style", ALIGNED[w.dataset])
     threads: THREADS
     priority: 1
-    resources: gpu=int(not MINIATURE)
+    resources: **asks("alignment")
     shell: "{RUN} nbs/jobs/alignment.ipynb {RUNS}/notebooks/alignment-{wildcards.dataset}.ipynb {JOB}"
            " -p dataset {params.on[0]:q} > {log} 2>&1"
 
@@ -226,7 +249,7 @@ rule transferability: # LEEP, LogME and H-score, with the bridges of the core sw
     params: needs=lambda w: needs("nbs/jobs/transferability.ipynb"), on=lambda w: [*GRID[w.name], contents(GRID[w.name][0])]
     threads: THREADS
     priority: 1
-    resources: gpu=int(not MINIATURE)
+    resources: **asks("transferability")
     shell: "{RUN} nbs/jobs/transferability.ipynb {RUNS}/notebooks/transferability-{wildcards.name}.ipynb {JOB}"
            " -p dataset {params.on[0]:q} -p arch {params.on[1]} > {log} 2>&1"
 
@@ -237,7 +260,7 @@ rule tune: # the grid of learning rates, on validation data, with synthetic imag
     params: needs=lambda w: needs("nbs/jobs/tune.ipynb"), on=lambda w: [*GRID[w.name], contents(GRID[w.name][0])]
     threads: THREADS
     priority: 1
-    resources: gpu=int(not MINIATURE)
+    resources: **asks("tune")
     shell: "{RUN} nbs/jobs/tune.ipynb {RUNS}/notebooks/tune-{wildcards.name}.ipynb {JOB}"
            " -p dataset {params.on[0]:q} -p arch {params.on[1]} > {log} 2>&1"
 
@@ -248,5 +271,6 @@ for paper, kinds in {name: kinds for name, kinds in PAPERS.items() if asked_for(
         input: made(kinds)
         output: *figures(paper, update) # they stay while they are made anew, and are put back if that fails
         log: f"{RUNS}/logs/{paper}.txt"
-        params: paper=paper, needs=lambda w, notebook=f"nbs/paper/{paper}.ipynb": needs(notebook), settings=digest("settings.ini") if paper == "hyperparameters" else ""
+        params: paper=paper, needs=lambda w, notebook=f"nbs/paper/{paper}.ipynb": needs(notebook), settings=kept("settings.ini") if paper == "hyperparameters" else ""
+        resources: **asks("table")
         shell: "{RUN} nbs/paper/{params.paper}.ipynb {RUNS}/notebooks/{params.paper}.ipynb {PAPER} > {log} 2>&1"

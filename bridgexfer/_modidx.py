@@ -432,6 +432,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'bridgexfer.sweeps.group_of': ('sweeps.html#group_of', 'bridgexfer/sweeps.py'),
                                    'bridgexfer.sweeps.groups_of': ('sweeps.html#groups_of', 'bridgexfer/sweeps.py'),
                                    'bridgexfer.sweeps.inversion_of': ('sweeps.html#inversion_of', 'bridgexfer/sweeps.py'),
+                                   'bridgexfer.sweeps.parts_of': ('sweeps.html#parts_of', 'bridgexfer/sweeps.py'),
                                    'bridgexfer.sweeps.real_of': ('sweeps.html#real_of', 'bridgexfer/sweeps.py'),
                                    'bridgexfer.sweeps.runs_of': ('sweeps.html#runs_of', 'bridgexfer/sweeps.py'),
                                    'bridgexfer.sweeps.sets_of': ('sweeps.html#sets_of', 'bridgexfer/sweeps.py'),

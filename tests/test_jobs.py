@@ -168,6 +168,22 @@ def test_what_was_made_for_the_study_is_not_made_again_for_the_paper(whole):
     assert clone.would_run("paper")[0] == set()
 
 
+def ask_for_more(text):
+    "An edit of settings: what jobs ask of a machine."
+    return text.replace("memory         = 2\nhours          = 1\n", "memory = 3\nhours = 2\ntransfer_memory = 4\ncore_hours = 5\n")
+
+
+def test_what_jobs_ask_of_a_machine_reruns_nothing(clone):
+    clone.edit("settings.ini", ask_for_more)
+    assert clone.would_run()[0] == set()
+
+
+@pytest.mark.slow
+def test_nor_does_it_rerun_a_table(whole, clone):
+    clone.edit("settings.ini", ask_for_more)
+    assert clone.would_run("paper")[0] == set()
+
+
 @pytest.mark.slow
 def test_a_sweep_reruns_alone(whole, clone):
     clone.edit("settings.ini", lambda text: text.replace("guidances      = 2 3.5\n", "guidances = 2 5\n"))
