@@ -9,6 +9,7 @@ SEEDS    ?=
 SHOTS    ?=
 FETCH    ?= # datasets to download, for `make datasets`
 ON       ?= local # where jobs run, a folder of profiles: local, slurm
+RESULT   ?= # a row of a table, for `make provenance`
 SET      ?= # any other settings, as in SET="lr=0.01 guidance=5"
 ARGS     ?= # more for pytest, as in ARGS="-k digits"
 SNAKEMAKE_ARGS ?= # more for snakemake, as in SNAKEMAKE_ARGS="--default-resources slurm_partition=gpu slurm_account=me"
@@ -21,7 +22,7 @@ CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
 WORKFLOW = $(RUN) snakemake --profile profiles/$(strip $(ON))
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG)) $(SNAKEMAKE_ARGS)
 
-.PHONY: help env study paper plan tune datasets test test-all check lab readme cost miniature clean
+.PHONY: help env study paper plan provenance tune datasets test test-all check lab readme cost miniature clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -43,6 +44,9 @@ paper: $(STAMP) ## every table and figure, and the controls (90 minutes on two c
 plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk, as in: make plan PROFILE=paper
 	@$(RUN) python -c 'import sys; from bridgexfer.planning import plan_text; from bridgexfer.settings import load_settings; \
 	  print(plan_text(load_settings(**dict(word.split("=", 1) for word in sys.argv[1:]))))' $(CONFIG)
+
+provenance: $(STAMP) ## from a number back to its runs, notebooks and commands: make provenance RESULT="tab2_pipelines digits bridged_pp shots=0"
+	@$(RUN) python -c 'import sys; from bridgexfer.origins import show; sys.exit(show(*sys.argv[1:]))' '$(strip $(RESULT))' '$(strip $(PROFILE))'
 
 tune: $(STAMP) ## choose the learning rates on validation data: Table 5, which `make study` reads
 	@$(WORKFLOW) learning_rates $(WITH)

@@ -6,12 +6,13 @@
 #
 # A job runs again when its inputs, its code, a setting that its code names or the shipped weights have changed, and never
 # because of prose: notebooks are no inputs, the hashes of their code are parameters. A job that runs again finds its records.
-import ast, json, os, re, shlex
+import ast, json, os, re, shlex, sys, time
 from functools import cache
 from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from bridgexfer.artefacts import PACKAGE, code_hash, digest, read_json, stable_hash
 from bridgexfer.datasets import dataset_info
+from bridgexfer.orchestration import StudyRunning, begin, failures, summary
 from bridgexfer.records import job_name, job_path, write_job
 from bridgexfer.settings import load_settings
 from bridgexfer.sweeps import SWEEPS, archs_of, datasets_of, groups_of, parts_of, runs_of, sets_of
@@ -130,8 +131,15 @@ def figures(paper, flag=lambda path: path): # what a paper notebook leaves
     return [flag(f"{FIGURES}/{name}") for name in FILES.get(paper, [f"{paper}.{kind}" for kind in ("csv", "png", "pdf")])]
 
 # ---- rules
-onstart:
+BEGAN, LOCK = time.time(), [] # the lock's file is open as long as this process lives
+
+onstart: # not in a dry run
+    try: LOCK.append(begin())
+    except StudyRunning as e: raise WorkflowError(str(e))
     Path(RUNS, "notebooks").mkdir(parents=True, exist_ok=True)
+
+onerror: # one line of cause for each job that failed
+    print(summary(failures(RUNS, BEGAN)), file=sys.stderr)
 
 wildcard_constraints:
     set="|".join(map(re.escape, SETS)),

@@ -86,10 +86,13 @@ def _commit(folder: str | Path = ".") -> str | None:
 
 def provenance(started: float, # `time.time()` when the work began
                device: str = "cpu", # where it ran
+               images: int = 0, # that were made or trained on; 0: it is about none
+               seconds: float | None = None, # that the images took; None: all of them
               ) -> dict: # JSON values
-    "Versions, commit, machine and duration of a piece of work."
-    names = ("torch", "torchvision", "timm", "diffusers", "transformers")
-    return dict(seconds=round(time.time() - started, 2), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), device=str(device),
+    "Versions, commit, device and duration of a piece of work, and images/s."
+    names, took = ("torch", "torchvision", "timm", "diffusers", "transformers"), time.time() - started
+    speed = dict(images=images, images_per_s=round(images / max(seconds or took, 1e-3), 1)) if images else {}
+    return dict(seconds=round(took, 2), **speed, finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), device=str(device),
                 commit=_commit(), python=platform.python_version(), **{n: version(n) for n in names})
 
 # %% ../nbs/01_artefacts.ipynb #3dcf7a90

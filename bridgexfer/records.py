@@ -78,10 +78,13 @@ def record_run(folder: str | Path, # the profile's runs
                spec, # a frozen dataclass
                make: Callable, # () -> result
                device: str = "cpu", # where it runs
+               images: int = 0, # that it trains on, each epoch counted
               ) -> Path: # of the record
     "The record of a spec, found or made."
     path, started = record_path(folder, kind, spec), time()
-    return path if path.exists() else write_record(folder, kind, spec, make(), provenance(started, device))
+    if path.exists(): return path
+    result = make()
+    return write_record(folder, kind, spec, result, provenance(started, device, images, result.get("seconds")))
 
 # %% ../nbs/16_records.ipynb #7c72aa85
 def job_name(dataset: str) -> str: # fit for a file's name

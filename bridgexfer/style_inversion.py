@@ -302,7 +302,8 @@ def invert(spec: InversionSpec,
     state = load_file(folder/"state.safetensors") if (folder/"state.safetensors").exists() else fresh_state(spec, pipe)
     if spec.steps: teach(spec, state, images, Path(root), pipe, label, every)
     with atomic(folder/"learned_embeds.safetensors") as part: save_file({w: r.clone() for w, r in zip(token_words(spec), state["rows"])}, part)
-    made = {**provenance(started, pipe.device), "seconds": round(float(state["seconds"]), 2)} # those of all runs that it took
+    seconds, images = float(state["seconds"]), spec.steps * spec.batch * len(token_words(spec))
+    made = {**provenance(started, pipe.device, images, seconds), "seconds": round(seconds, 2)} # those of all runs that it took
     write_json(folder/"inversion.json", dict(spec=as_dict(spec), words=token_words(spec), curve=loss_curve(spec, state["losses"]), **made))
     (folder/"state.safetensors").unlink(missing_ok=True)
     return folder

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SWEEPS', 'LIMITED', 'FROM_REAL', 'WEB_VERSION', 'datasets_of', 'archs_of', 'count', 'runs_of', 'parts_of', 'Wanted',
            'wanted', 'group_of', 'groups_of', 'sets_of', 'real_of', 'inversion_of', 'synthesis_for', 'strength',
-           'web_images', 'synthesis_hash', 'synthetic_of']
+           'web_images', 'synthesis_hash', 'synthetic_of', 'mend']
 
 # %% ../nbs/15_sweeps.ipynb #18868975
 from dataclasses import dataclass
@@ -202,4 +202,13 @@ def synthetic_of(settings, # of a profile
     folder, (group, key) = settings.runs_dir/"synthetic"/name, group_of(settings, run, data.info.name)
     if not (folder/"spec.json").exists():
         raise FileNotFoundError(f"Synthetic images are missing: run the job `generate` for the group {group!r} of {key!r} first, or `make paper`.")
-    return name, SyntheticSet(folder).images(run.per_class)
+    made = SyntheticSet(folder)
+    try: return name, made.images(run.per_class)
+    except ValueError: return name, mend(settings, data, run, made).images(run.per_class)
+
+def mend(settings, data: Dataset, run: Run, made: SyntheticSet) -> SyntheticSet: # the same set
+    "Make again what has become of a set's shards since they were made: damaged, or gone."
+    import torch
+    reference = real_of(data, run.shots, run.seed) if made.spec.reference else None
+    print("Made again: " + ", ".join(f"{name} ({why})" for name, why in made.verify(True, run.per_class, device="cuda" if torch.cuda.is_available() else "cpu", reference=reference)))
+    return made

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ANOTHER', 'CARD', 'CAVEATS', 'image_file', 'shard_schema', 'shard_table', 'shard_rows', 'shard_columns',
-           'shard_path', 'hashes', 'damage', 'image_files', 'write_shard', 'check_reference', 'reference_of',
-           'add_token', 'make_shard', 'make_shards', 'read_spec', 'claim', 'SyntheticSet', 'caveats', 'card',
-           'write_card', 'generate', 'verify_set', 'slug', 'export_folders']
+           'shard_path', 'hashes', 'damage', 'image_files', 'read_shard', 'write_shard', 'check_reference',
+           'reference_of', 'add_token', 'make_shard', 'make_shards', 'read_spec', 'claim', 'SyntheticSet', 'caveats',
+           'card', 'write_card', 'generate', 'verify_set', 'slug', 'export_folders']
 
 # %% ../nbs/05_synthetic_sets.ipynb #c588b2e1
-import hashlib, io, json, re, unicodedata
+import hashlib, io, json, re, time, unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from math import ceil
 from pathlib import Path
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from tqdm.auto import tqdm
-from .artefacts import as_dict, atomic, canonical, read_json, spec_hash, stable_hash, write_json
+from .artefacts import as_dict, atomic, canonical, provenance, read_json, spec_hash, stable_hash, write_json
 from .datasets import Images, as_images
 from .generation import VERSION, SynthesisSpec, find_weights, licence_of, load_pipeline, load_token, plan, sample
 
@@ -108,6 +108,11 @@ def image_files(table: pa.Table): # yields bytes
     "The image files of a table, in order."
     for chunk in table["image"].chunks: yield from (b.as_py() for b in chunk.field("bytes"))
 
+def read_shard(path: Path) -> pa.Table:
+    "Read a shard and compare its pages with their checksums, so that a flipped bit becomes no other picture."
+    try: return pq.read_table(path, page_checksum_verification=True)
+    except OSError as e: raise ValueError(f"{path} is damaged ({(str(e).splitlines() or ['no reason given'])[0]}): verify(repair=True) makes it again.") from None
+
 def write_shard(path: Path, table: pa.Table) -> None:
     "Write a shard so that it is either there and whole, or not there."
     layout = dict(compression="none", row_group_size=100, write_page_checksum=True, write_statistics=False) # no minimum and maximum of images
@@ -180,7 +185,10 @@ def make_shards(spec: SynthesisSpec, # the set
     add_token(pipe, spec)
     total = len(numbers) * spec.shard * len(spec.names)
     with tqdm(total=total, desc=f"Generating {Path(folder).name}", unit="image", disable=not progress, mininterval=1) as bar:
-        for k in numbers: write_shard(shard_path(folder, k), make_shard(spec, k, pipe, bar, reference))
+        for k in numbers:
+            started, table = time.time(), make_shard(spec, k, pipe, bar, reference)
+            write_json(shard_path(folder, k).with_suffix(".json"), provenance(started, str(pipe.device), len(table)))
+            write_shard(shard_path(folder, k), table)
 
 # %% ../nbs/05_synthetic_sets.ipynb #9d7a3899
 def read_spec(folder: str | Path) -> SynthesisSpec: # of the set in it
@@ -216,7 +224,7 @@ class SyntheticSet:
         n = there if per_class is None else per_class
         if not 0 < n <= there: raise ValueError(f"{self.folder} has {there} images per class, asked for {n}: generate() makes more.")
         meta = shard_schema(self.spec, 0).metadata
-        shards = [pq.read_table(shard_path(self.folder, k)).replace_schema_metadata() for k in range(ceil(n / self.spec.shard))]
+        shards = [read_shard(shard_path(self.folder, k)).replace_schema_metadata() for k in range(ceil(n / self.spec.shard))]
         return pa.concat_tables(shards).slice(0, n * len(self.spec.names)).replace_schema_metadata({"huggingface": meta[b"huggingface"]})
 
     def images(self, per_class: int | None = None) -> Images: # (per_class × classes) images, by index and then by class
@@ -249,7 +257,8 @@ def card(spec: SynthesisSpec, # the set
          remark: str = "", # what a user of these classes should know
         ) -> str: # Markdown with the metadata that the hub reads
     "What a set is, for whoever finds it."
-    head = json.dumps({"license": licence_of(spec.model), "task_categories": ["image-classification"], "tags": ["synthetic"]})
+    head = json.dumps({"license": licence_of(spec.model), "task_categories": ["image-classification"], "tags": ["synthetic"],
+                       "configs": [{"config_name": "default", "data_files": "shard-*.parquet"}]})
     prompts = sorted({r.prompt for r in plan(spec, 0, 1)}, key=len)[:3]
     facts = {"Model": f"`{spec.model}` ({spec.weights})", "Images": f"{per_class} of each of {len(spec.names)} classes, {spec.stored_side} pixels, {spec.format}",
              "Prompts": "; ".join(f"“{p}”" for p in prompts), "Sampling": f"{spec.scheduler}, {spec.steps} steps, guidance {spec.guidance:g}, seed {spec.seed}", "Spec": f"`spec.json`, hash `{spec_hash(spec)}`"}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from .artefacts import as_dict, atomic, read_json, spec_hash, stable_hash, write_json
+from .artefacts import as_dict, atomic, provenance, read_json, spec_hash, stable_hash, write_json
 from .backbones import backbone, backbone_digest, create_backbone, predict, reset_head
 from .datasets import Augment, DatasetInfo, Images, few_shot, measure
 from .finetune import FinetuneSpec, finetune
@@ -88,7 +88,7 @@ def make_bridge(spec: BridgeSpec,
     started, model = time(), create_backbone(spec.arch, classes, stable_hash(spec.seed, "stage 1 head"))
     curve = finetune(model, synthetic, spec.finetune, spec.arch, stable_hash(spec.seed, "stage 1"), device, label)
     with atomic(folder/"model.safetensors") as part: save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part)
-    write_json(folder/"bridge.json", dict(spec=as_dict(spec), curve=curve, seconds=round(time() - started, 2)))
+    write_json(folder/"bridge.json", dict(spec=as_dict(spec), curve=curve, **provenance(started, device, spec.finetune.epochs * len(synthetic))))
     return folder
 
 # %% ../nbs/10_transfer.ipynb #31d22aab
@@ -227,6 +227,12 @@ class Task:
                             lr if p.real else 0., r.epochs_of(run, run.per_class * len(self.train.names) / real), r.batch, r.momentum, r.weight_decay,
                             vars(self.info.augment), self.info.metric, self.split, bridge=spec_hash(self.bridge(run, synthetic)) if p.bridged else "",
                             mixup=r.mixup if p.mixup_real else 0., **made)
+
+    def passes(self, run: Run) -> int: # images
+        "How many images the stage that sees real images goes through, each epoch counted."
+        classes, real = len(self.train.names), run.shots * len(self.train.names) or len(self.train)
+        seen = real + run.per_class * classes if pipeline(run.pipeline).mixed else real
+        return self.recipe.epochs_of(run, run.per_class * classes / real) * seen
 
 # %% ../nbs/10_transfer.ipynb #c3d11f65
 def run_task(task: Task,

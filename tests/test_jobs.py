@@ -112,6 +112,30 @@ def test_study_writes_nothing_elsewhere(first):
     assert now.keys() == clone.fresh.keys() and not [p for p in now if now[p] != clone.fresh[p]]
 
 
+def test_all_that_is_made_says_how(first):
+    runs = first[0].folder/"runs/smoke"
+    made = {kind: [json.loads(p.read_text()) for p in runs.glob(f"{kind}.json")] for kind in ("records/transfer/*", "records/leep/*", "bridges/*/bridge", "synthetic/*/shard-*")}
+    for kind, files in made.items():
+        assert files
+        for f in files:
+            how = f.get("made", f)
+            assert {"seconds", "finished", "device", "commit", "python", "torch"} <= set(how) and ("images_per_s" in how) == ("leep" not in kind)
+            assert "records" not in kind or {"seed", "dataset"} <= set(f["spec"])
+
+
+def test_from_a_number_back_to_its_runs(first):
+    clone, table = first[0], pd.read_csv(first[0].folder/"runs/figures/smoke/tab2_pipelines.csv")
+    line = table.index[(table.pipeline == "bridged_pp") & (table.shots == 4)][0]
+    said = clone.make("provenance", f"RESULT=runs/figures/smoke/tab2_pipelines.csv:{line + 2}")
+    assert said == clone.make("provenance", "PROFILE=smoke", "RESULT=tab2_pipelines bridged_pp shots=4")
+    paths = set(re.findall(r"runs/smoke/[\w./-]+\w", said))
+    assert all((clone.folder/p).exists() for p in paths) and "missing" not in said
+    assert {p.split("/")[2] for p in paths} == {"notebooks", "logs", "core", "records", "bridges", "synthetic"}
+    assert f"2 runs, with a mean accuracy of {table['mean'][line]:.6g} %" in said
+    assert "papermill --engine ipc nbs/jobs/transfer.ipynb runs/smoke/notebooks/core-digits-mini_resnet10.ipynb" in said and "seed 1" in said and "images/s" in said
+    assert "name one of these" in clone.make("provenance", "PROFILE=smoke", "RESULT=tab2_pipelines bridged_pp", ok=False)
+
+
 def test_second_call_finds_everything_again(first):
     clone, printed = first
     again = clone.make("study", "PROFILE=smoke")
@@ -138,9 +162,12 @@ def test_prose_reruns_nothing(clone):
     assert clone.would_run()[0] == set()
 
 
-def test_code_reruns_what_depends_on_it(clone):
-    clone.edit("nbs/jobs/transferability.ipynb", add_cell("code", "print('more')"))
-    assert clone.would_run()[0] == {"transferability", "tab1_leep"}
+@pytest.mark.parametrize(("notebook", "rerun"), [
+    ("jobs/transferability", {"transferability", "tab1_leep"}), ("paper/tab2_pipelines", {"tab2_pipelines"}),
+    ("jobs/transfer", {"transfer", "transferability", "tab1_leep", "tab2_pipelines", "fig03_convergence"})])
+def test_code_reruns_what_depends_on_it(clone, notebook, rerun):
+    clone.edit(f"nbs/{notebook}.ipynb", add_cell("code", "print('more')"))
+    assert clone.would_run()[0] == rerun
 
 
 def test_code_of_modules_counts_also_where_it_is_reached_by_others(clone):

@@ -1,0 +1,258 @@
+"""Kills, full disks, damaged files, two at once: each ends with what an undisturbed run leaves."""
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from bridgexfer.artefacts import read_json
+from bridgexfer.orchestration import MARK, UUID, cancel_jobs, cause
+from test_jobs import Clone
+
+SETTINGS = dict(seeds="0", shots="4", style_shots="4", pipelines="vanilla bridged", images="40", steps="10", stage1_epochs="20", few_epochs="40", style_steps="450")
+TABLE = "runs/figures/smoke/tab2_pipelines.csv"
+JOBS = {"generate": ("group", "single", "key", "digits"), "invert": ("kind", "style", "dataset", "digits"),
+        "transfer": ("sweep", "core", "dataset", "digits", "arch", "mini_resnet10")}
+CORE = "runs/smoke/core/digits-mini_resnet10.json"
+
+
+def essence(path):
+    "What a file says, without when and how fast it was made."
+    if path.suffix != ".json": return path.read_bytes()
+    value = read_json(path)
+    if "result" in value: value["result"].pop("seconds", None)
+    return {k: v for k, v in value.items() if k in ("spec", "result", "curve", "words", "records", "sets", "tokens")}
+
+
+def outcome(runs, *folders):
+    "What a job has left, by place."
+    return {p.relative_to(runs).as_posix(): essence(p) for f in folders for p in (runs/f).rglob("*") if p.is_file() and p.suffix != ".part"}
+
+
+def job(clone, name, runs, **env):
+    "Start a job by its papermill line, in a process group of its own; its notebook and log lie beside its runs."
+    command = [sys.executable, "-m", "papermill", "--engine", "ipc", "--no-progress-bar", f"nbs/jobs/{name}.ipynb", f"{runs}-{name}.ipynb", "-p", "profile", "smoke",
+               "-p", "overrides", json.dumps({**SETTINGS, "runs": str(runs)}), *(x for pair in zip(JOBS[name][::2], JOBS[name][1::2]) for x in ("-p", *pair))]
+    with open(f"{runs}-{name}.txt", "w") as log: return subprocess.Popen(command, cwd=clone.folder, env={**clone.env, **env}, stdout=log, stderr=log, start_new_session=True)
+
+
+def finish(process, runs, name):
+    assert process.wait(600) == 0, Path(f"{runs}-{name}.txt").read_text()[-3000:]
+
+
+def until(true, process, seconds=300):
+    "Wait for something that a process is about to do."
+    end = time.time() + seconds
+    while not true():
+        assert process.poll() is None and time.time() < end, "it ended before the fault"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    "A clone in which a table and a style token were made undisturbed."
+    clone = Clone(tmp_path_factory.mktemp("clone"))
+    clone.env.update(OMP_NUM_THREADS="1")
+    code, said = clone.snakemake("tab2_pipelines", "runs/smoke/invert/style-digits.json", **SETTINGS)
+    assert code == 0, said
+    return clone
+
+
+@pytest.fixture
+def runs(reference, tmp_path):
+    "An empty folder for runs, and a way to give it what a job needs of the undisturbed one."
+    folder = tmp_path/"runs"
+    def give(*names):
+        for name in names: shutil.copytree(reference.folder/"runs/smoke"/name, folder/"smoke"/name)
+        return folder
+    return give
+
+
+# ---- SIGKILL in every stage
+
+def some(folder, pattern, n=1): return len(list((folder/"smoke").glob(pattern))) >= n
+
+STAGES = { # job; what it needs; it is in the stage when this is there and that is not; what it leaves
+    "generation": ("generate", (), "synthetic/*/shard-00000.parquet", "synthetic/*/shard-00001.parquet", ("synthetic", "generate")),
+    "style inversion": ("invert", (), "tokens/*/state.safetensors", "tokens/*/inversion.json", ("tokens", "invert")),
+    "stage 1": ("transfer", ("synthetic",), "records/transfer/*.json", "bridges/*/bridge.json", ("bridges", "records", "core")),
+    "stage 2": ("transfer", ("synthetic",), "bridges/*/bridge.json", CORE.removeprefix("runs/smoke/"), ("bridges", "records", "core"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_called_again(reference, runs, stage):
+    name, needs, begun, ended, left = STAGES[stage]
+    folder = runs(*needs)
+    process = job(reference, name, folder)
+    until(lambda: some(folder, begun), process)
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL) # papermill and its kernel, as when a machine goes down
+    process.wait()
+    assert some(folder, begun) and not some(folder, ended) # it was in that stage
+    assert not [p for f in ("generate", "invert", "core") for p in (folder/"smoke"/f).glob("*.json")] # nothing that looks finished
+    whole = outcome(reference.folder/"runs/smoke", *left)
+    before = {k: v for k, v in outcome(folder/"smoke", *left).items() if k.endswith((".parquet", "bridge.json")) or "/transfer/" in k}
+    assert before.items() <= whole.items()
+    finish(job(reference, name, folder), folder, name)
+    assert outcome(folder/"smoke", *left) == whole
+
+
+# ---- a full disk
+
+FULL = """
+import errno, os, pathlib
+replace, fault = pathlib.Path.replace, os.environ.get("TEST_FULL")
+def full(self, target):
+    if fault and pathlib.Path(target).match(fault): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+    return replace(self, target)
+pathlib.Path.replace = full
+"""
+DISKS = { # job; what it needs; room on the disk, in KB: enough for what comes before, too little for this; this; what it leaves
+    "shard": ("generate", (), 100, "shard-*.parquet", ("synthetic", "generate")),
+    "checkpoint": ("transfer", ("synthetic",), 200, "model.safetensors", ("bridges", "records", "core")),
+    "record": ("transfer", ("synthetic", "bridges"), 8, "transfer/*.json", ("bridges", "records", "core"))}
+
+
+@pytest.fixture
+def full_disk(runs, tmp_path):
+    "Runs on a disk with a little room: a file system of memory where it can be mounted, or else one that refuses a file."
+    mounted = []
+    def make(needs, room, refused):
+        (tmp_path/"runs").mkdir()
+        if shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(tmp_path/"runs")], capture_output=True).returncode == 0:
+            mounted.append(tmp_path/"runs")
+            runs(*needs)
+            free = os.statvfs(mounted[0]).f_bavail * os.statvfs(mounted[0]).f_frsize
+            (mounted[0]/"filler").write_bytes(bytes(free - room * 1024))
+            return {}
+        runs(*needs)
+        (tmp_path/"site").mkdir()
+        (tmp_path/"site"/"sitecustomize.py").write_text(FULL)
+        return {"PYTHONPATH": os.pathsep.join([str(tmp_path/"site"), os.environ.get("PYTHONPATH", "")]), "TEST_FULL": refused}
+    yield make
+    for folder in mounted: subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", DISKS)
+def test_no_space_left(reference, full_disk, tmp_path, what):
+    name, needs, room, refused, left = DISKS[what]
+    env, folder = full_disk(needs, room, refused), tmp_path/"runs"
+    if env: env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], str(reference.folder)])
+    process = job(reference, name, folder, **env)
+    assert process.wait(600) != 0
+    why = cause(Path(f"{folder}-{name}.ipynb"), Path(f"{folder}-{name}.txt"))
+    assert "OSError" in why and os.strerror(errno.ENOSPC) in why
+    assert not list(folder.rglob("*.part")) and not list(folder.glob(f"smoke/**/{refused}")) and not list(folder.glob("smoke/core/*")) + list(folder.glob("smoke/generate/*"))
+    (folder/"filler").unlink(missing_ok=True)
+    finish(job(reference, name, folder), folder, name)
+    assert outcome(folder/"smoke", *left) == outcome(reference.folder/"runs/smoke", *left)
+
+
+# ---- damage, and two at once
+
+@pytest.mark.slow
+def test_a_shard_damaged_afterwards_is_made_again(reference, runs):
+    folder = runs("synthetic")
+    victim, gone = sorted((folder/"smoke/synthetic").glob("*/shard-*.parquet"))
+    whole = victim.read_bytes()
+    at = len(whole) // 2
+    victim.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]) # one bit of an image; the footer is whole
+    gone.write_bytes(gone.read_bytes()[:-100])
+    finish(job(reference, "transfer", folder), folder, "transfer")
+    assert victim.read_bytes() == whole
+    left = ("synthetic", "bridges", "records", "core")
+    assert outcome(folder/"smoke", *left) == outcome(reference.folder/"runs/smoke", *left)
+    assert "Made again: shard-00000.parquet" in Path(f"{folder}-transfer.ipynb").read_text()
+
+
+@pytest.mark.slow
+def test_two_jobs_make_the_same_shards_at_once(reference, runs, tmp_path):
+    folder, other = runs(), tmp_path/"other"
+    folder.mkdir()
+    other.symlink_to(folder, target_is_directory=True) # the same runs, another notebook
+    both = {name: job(reference, "generate", name) for name in (folder, other)}
+    for name, process in both.items(): finish(process, name, "generate")
+    assert outcome(folder/"smoke", "synthetic", "generate") == outcome(reference.folder/"runs/smoke", "synthetic", "generate")
+
+
+# ---- the orchestrator
+
+@pytest.mark.slow
+def test_a_killed_study_is_taken_up_again_and_a_second_one_is_refused(reference, tmp_path):
+    clone, folder = reference, tmp_path/"runs"
+    config = [f"{k}={v}" for k, v in {"profile": "smoke", **SETTINGS, "runs": folder}.items()]
+    command = [Path(sys.executable).with_name("snakemake"), "--profile", "profiles/local", "tab2_pipelines", "--config", *config]
+    first = subprocess.Popen(command, cwd=clone.folder, env=clone.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    until(lambda: some(folder, "synthetic/*/shard-00000.parquet"), first)
+    code, said = clone.snakemake("tab2_pipelines", **SETTINGS, runs=folder)
+    assert code and f"Another study is at work in {clone.folder}: process {first.pid} on " in said and "Traceback" not in said
+    assert clone.would_run("tab2_pipelines", **SETTINGS)[0] == set() # a dry run is welcome
+    mark = read_json(clone.folder/".snakemake/study.json")["mark"]
+    def marked():
+        found = []
+        for p in psutil.process_iter():
+            try: found += [p] if p.environ().get(MARK) == mark else []
+            except (psutil.Error, OSError): pass
+        return found
+    first.send_signal(signal.SIGKILL); first.wait()
+    assert marked() # its job lives on
+    code, said = clone.snakemake("tab2_pipelines", **SETTINGS, runs=folder)
+    assert code == 0 and "The last study was killed and had left" in said, said
+    assert not marked()
+    assert (folder/"figures/smoke/tab2_pipelines.csv").read_bytes() == (clone.folder/TABLE).read_bytes()
+    left = ("synthetic", "generate", "bridges", "records", "core")
+    assert outcome(folder/"smoke", *left) == outcome(clone.folder/"runs/smoke", *left)
+
+
+@pytest.mark.slow
+def test_a_job_fails_the_others_go_on_and_only_it_is_repeated(reference, tmp_path):
+    "An image that cannot be read, in a second dataset; the synthetic images of its classes are made all the same."
+    clone, table = reference, (reference.folder/TABLE).read_bytes()
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 6), ("test", 3)):
+        for name in ("three", "eight"):
+            (tmp_path/"mine"/split/name).mkdir(parents=True)
+            for i in range(n): Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path/"mine"/split/name/f"{i}.png")
+    victim = tmp_path/"mine/train/three/3.png"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:len(whole) // 2])
+    settings = {**SETTINGS, "datasets": f"digits {tmp_path/'mine'}"}
+    code, said = clone.snakemake("tab2_pipelines", **settings)
+    summary = [line for line in said[said.index("One job failed"):].splitlines() if line.startswith("  ")]
+    assert code and len(summary) == 1 and "core-" in summary[0] and victim.name in summary[0]
+    notebook = Path(clone.folder, summary[0].rsplit("[", 1)[1].rstrip("]"))
+    assert any(o["output_type"] == "error" for c in read_json(notebook)["cells"] for o in c.get("outputs", []))
+    assert (clone.folder/TABLE).read_bytes() == table and not list((clone.folder/"runs/smoke/core").glob("*mine*"))
+    assert list((clone.folder/"runs/smoke/generate").glob("*mine*"))
+    assert clone.would_run("tab2_pipelines", **settings)[0] == {"transfer"}
+    victim.write_bytes(whole)
+    code, said = clone.snakemake("tab2_pipelines", **settings)
+    assert code == 0 and "failed" not in said, said
+    rows = (clone.folder/TABLE).read_text().splitlines()
+    assert set(table.decode().splitlines()) < set(rows) # those of digits are as they were
+
+
+# ---- SLURM, as far as it can be seen without one
+
+def test_jobs_of_a_dead_study_are_cancelled(tmp_path, monkeypatch):
+    ours, other = (f"{k * 8}-{k * 4}-{k * 4}-{k * 4}-{k * 12}" for k in "ab")
+    assert UUID.fullmatch(ours) and UUID.fullmatch(f"study_{ours}") and not UUID.fullmatch("train")
+    lines = [f"11|{ours}|{tmp_path}", f"12|{other}|/elsewhere", f"13|train|{tmp_path}", f"14|study_{ours}|{tmp_path}", f"15|{ours}|{tmp_path}"]
+    for name, body in {"squeue": "\n".join(f"echo '{line}'" for line in lines), "scancel": f"echo \"$@\" > {tmp_path}/cancelled"}.items():
+        (tmp_path/name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path/name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "15") # the one that this process is
+    assert cancel_jobs(tmp_path) == 2
+    assert (tmp_path/"cancelled").read_text().split() == ["11", "14"]
