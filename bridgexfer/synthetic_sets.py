@@ -259,7 +259,7 @@ def card(spec: SynthesisSpec, # the set
     "What a set is, for whoever finds it."
     head = json.dumps({"license": licence_of(spec.model), "task_categories": ["image-classification"], "tags": ["synthetic"],
                        "configs": [{"config_name": "default", "data_files": "shard-*.parquet"}]})
-    prompts = sorted({r.prompt for r in plan(spec, 0, 1)}, key=len)[:3]
+    prompts = sorted({r.prompt for r in plan(spec, 0, 1)}, key=lambda p: (len(p), p))[:3]
     facts = {"Model": f"`{spec.model}` ({spec.weights})", "Images": f"{per_class} of each of {len(spec.names)} classes, {spec.stored_side} pixels, {spec.format}",
              "Prompts": "; ".join(f"“{p}”" for p in prompts), "Sampling": f"{spec.scheduler}, {spec.steps} steps, guidance {spec.guidance:g}, seed {spec.seed}", "Spec": f"`spec.json`, hash `{spec_hash(spec)}`"}
     return "\n".join(["---", head, "---", f"# Synthetic images of {len(spec.names)} classes", "", "Made with bridgexfer for bridged transfer (arXiv 2403.19866).", "",

@@ -18,7 +18,7 @@ from bridgexfer.artefacts import read_json
 from bridgexfer.orchestration import MARK, UUID, cancel_jobs, cause
 from test_jobs import Clone
 
-SETTINGS = dict(seeds="0", shots="4", style_shots="4", pipelines="vanilla bridged", images="40", steps="10", stage1_epochs="20", few_epochs="40", style_steps="450")
+SETTINGS = dict(seeds="0", shots="4", style_shots="4", pipelines="vanilla bridged", images="40", steps="3", stage1_epochs="8", few_epochs="30", style_steps="300")
 TABLE = "runs/figures/smoke/tab2_pipelines.csv"
 JOBS = {"generate": ("group", "single", "key", "digits"), "invert": ("kind", "style", "dataset", "digits"),
         "transfer": ("sweep", "core", "dataset", "digits", "arch", "mini_resnet10")}
