@@ -9,6 +9,7 @@ SEEDS    ?=
 SHOTS    ?=
 FETCH    ?= # datasets to download, for `make datasets`
 SET      ?= # any other settings, as in SET="lr=0.01 guidance=5"
+PORT     ?= 8000
 ARGS     ?= # more for pytest, as in ARGS="-k digits"
 
 STAMP   := .venv/.complete
@@ -19,7 +20,7 @@ CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
 WORKFLOW = $(RUN) snakemake --profile profiles/local
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG))
 
-.PHONY: help env study paper plan tune datasets test test-all check lab readme cost miniature clean
+.PHONY: help env study paper plan tune datasets test test-all check lab docs docs-serve readme cost miniature clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -58,6 +59,14 @@ check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules 
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab nbs
+
+docs: $(STAMP) ## the site in _site, from the notebooks (10 minutes the first time on two cores; npm fetches MathJax once)
+	@$(RUN) OMP_NUM_THREADS=1 python docs/pages.py
+	@$(RUN) sphinx-build -q -W --keep-going -j auto -c docs -d runs/site/doctrees runs/site/pages _site
+	@echo "The site: _site/index.html, or make docs-serve"
+
+docs-serve: docs ## show the site on localhost, at PORT=8000
+	@echo "http://127.0.0.1:$(PORT)"; $(RUN) python -m http.server --bind 127.0.0.1 --directory _site $(PORT)
 
 readme: $(STAMP) ## write README.md from nbs/index.ipynb
 	@$(RUN) python docs/readme.py
