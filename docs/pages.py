@@ -80,7 +80,7 @@ def shown(cell, outputs: list, alt: str, tags=()) -> list: # cells: the code, an
 
 def prose(path: Path, cells: list, collapsed: bool) -> list: # cells of a page, outputs in `cells`
     title, line = opening(path)
-    head, first, *rest = [*cells[0].source.split("\n", 1), ""]
+    head, _, first = cells[0].source.partition("\n")
     place, heading = name(path), title
     link = f"{{download}}`nbs/{place} </notebooks/{place}>`"
     page = [new_markdown_cell(f"{head}\n\n{first.strip()}\n\n```{{container}} notebook\nThis page is the notebook {link}; `make lab` opens it.\n```")]
