@@ -26,5 +26,6 @@ myst_heading_anchors = 3
 nb_execution_mode = "off" # docs/pages.py has run what is to be run
 nb_ipywidgets_js = {}
 nb_merge_streams = True
+nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
 nb_render_markdown_format = "myst"
 copybutton_prompt_text, copybutton_exclude = "$ ", ".linenos, .gp, .go"

@@ -90,7 +90,14 @@ def prose(path: Path, cells: list, collapsed: bool) -> list: # cells of a page, 
             page.append(new_markdown_cell(c.source))
         elif "parameters" in c.metadata.get("tags", []) and collapsed: continue
         else: page += shown(c, c.outputs, f"{title}: {heading}" if heading != title else f"{title}: {line}", ["hide-input"] if collapsed else c.metadata.get("page", ()))
-    return page
+    return merged(page) if collapsed else page
+
+def merged(cells: list) -> list: # folded code without outputs joined to the next
+    kept = []
+    for c in cells:
+        if is_code(c) and c.source and kept and is_code(kept[-1]) and kept[-1].source: kept[-1].source += f"\n\n{c.source}"
+        else: kept.append(c)
+    return kept
 
 def defined(cell) -> list: # names of functions and classes
     return [n.name for n in ast.parse(cell.source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
@@ -118,7 +125,8 @@ def symbols() -> dict: # name -> label, for names that one module alone defines
         for c in nb.cells:
             if is_code(c) and directive(c, "export"):
                 for n in defined(c): found.setdefault(n, []).append(f"{module}.{n}")
-    return {n: labels[0] for n, labels in found.items() if len(labels) == 1 and n[0] != "_" and len(n) > 4}
+    modules = {path.stem.split("_", 1)[1] for path in LIBRARY} # such as `datasets`, which is a command too
+    return {n: labels[0] for n, labels in found.items() if len(labels) == 1 and n[0] != "_" and len(n) > 4 and n not in modules}
 
 def linked(text: str, names: dict) -> str: # `name` -> a link to where it is explained; not in code blocks, headings, links
     def line(s): return s if s.startswith(("#", "    ", "(")) else re.sub(r"(?<![\[`])`(\w+)`(?![\]`])", lambda m: f"[{m[0]}](#{names[m[1]]})" if m[1] in names else m[0], s)
@@ -199,6 +207,9 @@ def gallery(stems: list) -> str: # Markdown: each figure, with its title, a link
         cards.append(f":::{{container}} card\n{picture}[**{title}**](paper/{stem}.ipynb)\n\n{line}\n:::")
     return "::::{container} gallery\n" + "\n".join(cards) + "\n::::"
 
+def contents(page: str, places: list, text: str = "", option: str = ":maxdepth: 1") -> None: # end a page of docs/pages with what it leads to
+    with open(PAGES/f"{page}.md", "a") as f: f.write("\n".join(["", text, "", "```{toctree}", option, "", *places, "```", ""]))
+
 def mathjax() -> None: # one file, so that no page asks another host
     package, version, sha = MATHJAX
     kept, static = BUILD/f"{package}-{version}.tgz", BUILD/"static"
@@ -250,9 +261,9 @@ def main() -> None:
     paper = sorted(p.stem for p in NBS.glob("paper/*.ipynb"))
     left_open = [p for p in paper if p.startswith("control") or p in ("hyperparameters", "errata", "transferability_ranks")]
     for page, stems in (("paper", [p for p in paper if p not in left_open]), ("open", left_open)):
-        text = (PAGES/f"{page}.md").read_text()
-        listed = "\n".join(f"paper/{p}" for p in stems)
-        (PAGES/f"{page}.md").write_text(f"{text}\n{gallery(stems)}\n\n```{{toctree}}\n:hidden:\n\n{listed}\n```\n")
+        contents(page, [f"paper/{p}" for p in stems], gallery(stems), ":hidden:")
+    first = ["first_study", "own_images", "own_backbone"]
+    contents("tutorials", [f"tutorials/{p}" for p in sorted((p.stem for p in NBS.glob("tutorials/*.ipynb")), key=lambda p: (first.index(p) if p in first else 9, p))])
     for page, text in (("settings", settings_page()), ("command_line", command_page()), ("records", records_page())): (PAGES/f"{page}.md").write_text(text)
 
 

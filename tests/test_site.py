@@ -81,7 +81,7 @@ def test_every_picture_has_words(pages):
 
 def test_library_pages_hold_signatures_sources_and_outputs(pages):
     text = (SITE/"11_transferability.html").read_text()
-    assert 'id="transferability-leep"' in text and "Show code cell source" in text
+    assert 'id="transferability-leep"' in text and "Show the code" in text
     assert "_check_softmax" in re.sub(r"<[^>]+>", "", text) and "-2.302" not in (SITE/"jobs/transferability.html").read_text()
     shown = re.sub(r"<[^>]+>", "", (SITE/"00_settings.html").read_text())
     assert "settings.ini: steps has origin &#39;guessed&#39;" in shown # printed when the notebook ran
