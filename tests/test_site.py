@@ -167,6 +167,19 @@ def complaints(events, address):
         if e["method"] == "Network.responseReceived" and p["response"]["status"] >= 400: yield f"{p['response']['status']}: {p['response']['url']}"
 
 
+CUT_OFF = """[...document.querySelectorAll('article *, main *')].filter(e => {
+  if (e.closest('mjx-assistive-mml, .headerlink, .toc-drawer') || e.getBoundingClientRect().right <= innerWidth + 1) return false;
+  for (let a = e.parentElement; a; a = a.parentElement) if (['auto', 'scroll'].includes(getComputedStyle(a).overflowX) && a.getBoundingClientRect().right <= innerWidth + 1) return false;
+  return getComputedStyle(e).visibility != 'hidden' && e.getClientRects().length; }).slice(0, 3).map(e => e.outerHTML.slice(0, 80))"""
+
+
+def test_the_browser_notices(browser, address):
+    text = "<script>console.error('x'); undefined_thing()</script><main><p style='width:500px'>wide</p><div style='overflow-x:auto'><p style='width:500px'>scrolls</p></div></main><img src='http://127.0.0.1:1/x.png'>"
+    found = list(complaints(browser.visit(f"data:text/html,{text}"), address))
+    assert {f.split(":")[0].split()[0] for f in found} >= {"console", "error", "asks"}
+    assert browser.js("document.documentElement.scrollWidth") > WIDTH and len(browser.js(CUT_OFF)) == 1
+
+
 def test_every_page_in_a_browser(pages, address, browser):
     wrong, formulas = [], Counter()
     for path in pages:
@@ -174,6 +187,7 @@ def test_every_page_in_a_browser(pages, address, browser):
         found = list(complaints(browser.visit(f"{address}/{place}"), address))
         width = browser.js("document.documentElement.scrollWidth")
         if width > WIDTH: found.append(f"{width} pixels wide")
+        found += [f"cut off: {html}" for html in browser.js(CUT_OFF)]
         found += [f"no picture {src}" for src in browser.js("[...document.images].filter(i => !i.naturalWidth).map(i => i.src)")]
         formulas[place] = browser.js("document.querySelectorAll('mjx-container').length")
         found += [f"formula: {text}" for text in browser.js("[...document.querySelectorAll('mjx-container [data-mjx-error]')].map(e => e.dataset.mjxError)")]
