@@ -70,12 +70,14 @@ def outputs_of_run(path: Path) -> list | None: # outputs, a list for each code c
 
 def shown(cell, outputs: list, alt: str, tags=()) -> list: # cells: the code, and its outputs in their order
     source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
-    cells = [new_code_cell(source, metadata={"tags": list(tags)})] if source else []
+    image = {"image": {"alt": alt}}
+    cells = [new_code_cell(source, metadata={"tags": list(tags), "mystnb": image})] if source else []
     for o in outputs:
         data = o.get("data", {})
         if o.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in data: continue
         if "text/markdown" in data: cells.append(new_markdown_cell(data["text/markdown"]))
-        else: cells.append(new_code_cell("", outputs=[o], metadata={"tags": ["remove-input"], "mystnb": {"image": {"alt": alt}}}))
+        elif cells and is_code(cells[-1]): cells[-1].outputs.append(o)
+        else: cells.append(new_code_cell("pass", outputs=[o], metadata={"tags": ["remove-input"], "mystnb": image})) # without code it would be left out
     return cells
 
 def prose(path: Path, cells: list, collapsed: bool) -> list: # cells of a page, outputs in `cells`
@@ -95,7 +97,7 @@ def prose(path: Path, cells: list, collapsed: bool) -> list: # cells of a page, 
 def merged(cells: list) -> list: # folded code without outputs joined to the next
     kept = []
     for c in cells:
-        if is_code(c) and c.source and kept and is_code(kept[-1]) and kept[-1].source: kept[-1].source += f"\n\n{c.source}"
+        if all(is_code(x) and "hide-input" in x.metadata.tags for x in (*kept[-1:], c)) and kept and not kept[-1].outputs: kept[-1].source, kept[-1].outputs = f"{kept[-1].source}\n\n{c.source}", c.outputs
         else: kept.append(c)
     return kept
 
