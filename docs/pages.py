@@ -2,6 +2,7 @@
 import ast, hashlib, os, re, shutil, subprocess, sys, tarfile
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
+from contextlib import chdir
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -225,16 +226,19 @@ def mathjax() -> None: # one file, so that no page asks another host
     with tarfile.open(kept) as tar: (static/"mathjax.js").write_bytes(tar.extractfile("package/es5/tex-svg-full.js").read())
 
 
+def stage() -> None: # what nbdev is to process: it does again what is newer here
+    shutil.copy2(ROOT/"pyproject.toml", BUILD)
+    for path in LIBRARY:
+        copy, text = BUILD/"nbs"/name(path), path.read_text().replace('"if TYPE_CHECKING: import', '"import') # signatures name these types
+        if not copy.exists() or copy.read_text() != text: copy.write_text(text)
+
+
 def main() -> None:
     (BUILD/"nbs/miniature").mkdir(parents=True, exist_ok=True)
     mathjax()
-    for path in LIBRARY: shutil.copy2(path, BUILD/"nbs"/name(path))
-    shutil.copy2(ROOT/"pyproject.toml", BUILD)
+    stage()
     with ThreadPoolExecutor(max(1, int(os.environ.get("JOBS", 2)))) as pool: list(pool.map(execute, EXECUTED))
-    home = Path.cwd()
-    os.chdir(BUILD)
-    processed = proc_nbs(n_workers=0)
-    os.chdir(home)
+    with chdir(BUILD): processed = proc_nbs(n_workers=0)
 
     shutil.rmtree(PAGES, ignore_errors=True)
     shutil.copytree(ROOT/"docs/pages", PAGES)
