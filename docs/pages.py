@@ -105,6 +105,8 @@ def merged(cells: list) -> list: # folded code without outputs joined to the nex
 def defined(cell) -> list: # names of functions and classes
     return [n.name for n in ast.parse(cell.source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
 
+def label(module: str, n: str) -> str: return f"{module}.{n}" + "-class" * n[0].isupper() # labels know no capitals, and `Pipeline` is not `pipeline`
+
 def library(path: Path, processed: Path) -> list: # cells: the story, and in place of exported code its signature and, folded, its source
     done = {c.get("id"): c for c in read(processed).cells}
     docs = {m[1]: "".join(c.outputs[0].data["text/markdown"]) for c in done.values() if is_code(c) and c.outputs for m in [re.search(r"^show_doc\((\w+)\)", c.source, re.M)] if m}
@@ -114,7 +116,7 @@ def library(path: Path, processed: Path) -> list: # cells: the story, and in pla
         elif directive(c, "export"):
             for n in [n for n in defined(c) if n in docs]:
                 text = re.sub(r"^---\n+### .*\n", "", docs[n])
-                cells.append(new_markdown_cell(f"({module}.{n})=\n#### {n}\n\n{text}"))
+                cells.append(new_markdown_cell(f"({label(module, n)})=\n#### {n}\n\n{text}"))
             cells.append(new_code_cell(c.source, metadata={"page": ["hide-input"]}))
             cells[-1].outputs = c.outputs
         elif c.id in done and c.source: cells.append(c)
@@ -127,7 +129,7 @@ def symbols() -> dict: # name -> label, for names that one module alone defines
         module = re.search(r"^#\| default_exp (\S+)", "\n".join(c.source for c in nb.cells), re.M)[1]
         for c in nb.cells:
             if is_code(c) and directive(c, "export"):
-                for n in defined(c): found.setdefault(n, []).append(f"{module}.{n}")
+                for n in defined(c): found.setdefault(n, []).append(label(module, n))
     modules = {path.stem.split("_", 1)[1] for path in LIBRARY} # such as `datasets`, which is a command too
     return {n: labels[0] for n, labels in found.items() if len(labels) == 1 and n[0] != "_" and len(n) > 4 and n not in modules}
 
@@ -199,7 +201,7 @@ def records_page() -> str:
         cls = getattr(import_module(f"bridgexfer.{module}"), spec)
         words = docments(cls)
         rows = [(f"`{f.name}`", f"`{getattr(f.type, '__name__', f.type)}`", words.get(f.name) or "") for f in fields(cls)]
-        parts.append(f"### {kind}\n\n[`{spec}`](#{where}): {cls.__doc__}\n\n{grid(pd.DataFrame(rows, columns=['field', 'type', 'meaning']))}\n")
+        parts.append(f"### {kind}\n\n[`{spec}`](#{label(module, spec)}): {cls.__doc__}\n\n{grid(pd.DataFrame(rows, columns=['field', 'type', 'meaning']))}\n")
     return intro + "\n" + "\n".join(parts)
 
 def gallery(stems: list) -> str: # Markdown: each figure, with its title, a link to its page
