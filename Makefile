@@ -11,6 +11,7 @@ FETCH    ?= # datasets to download, for `make datasets`
 ON       ?= local # where jobs run, a folder of profiles: local, slurm
 RESULT   ?= # a row of a table, for `make provenance`
 SET      ?= # any other settings, as in SET="lr=0.01 guidance=5"
+PORT     ?= 8000
 ARGS     ?= # more for pytest, as in ARGS="-k digits"
 SNAKEMAKE_ARGS ?= # more for snakemake, as in SNAKEMAKE_ARGS="--default-resources slurm_partition=gpu slurm_account=me"
 
@@ -22,7 +23,7 @@ CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
 WORKFLOW = $(RUN) snakemake --profile profiles/$(strip $(ON))
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG)) $(SNAKEMAKE_ARGS)
 
-.PHONY: help env study paper plan provenance tune datasets test test-all check lab readme cost miniature clean
+.PHONY: help env study paper plan provenance tune datasets test test-all check lab docs docs-serve readme cost miniature clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -57,7 +58,8 @@ datasets: $(STAMP) ## the paper's ten datasets: found or not, and what to do; FE
 test: $(STAMP) ## modules, notebooks and the core of the study (about 10 minutes on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)
 
-test-all: $(STAMP) ## the same, and every job and paper notebook in the smallest profile, also on a SLURM of its own (25 minutes on two cores)
+test-all: $(STAMP) ## the same, and every job and paper notebook, faults, a model of full size, a SLURM, the site in a browser (an hour on two cores)
+	@bash .ci/extras
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported
@@ -65,6 +67,14 @@ check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules 
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab nbs
+
+docs: $(STAMP) ## the site in _site, from the notebooks (10 minutes the first time on two cores; npm fetches MathJax once)
+	@$(RUN) OMP_NUM_THREADS=1 python docs/pages.py
+	@$(RUN) sphinx-build -q -W --keep-going -j auto -c docs -d runs/site/doctrees runs/site/pages _site
+	@echo "The site: _site/index.html, or make docs-serve"
+
+docs-serve: docs ## show the site on localhost, at PORT=8000
+	@echo "http://127.0.0.1:$(PORT)"; $(RUN) python -m http.server --bind 127.0.0.1 --directory _site $(PORT)
 
 readme: $(STAMP) ## write README.md from nbs/index.ipynb
 	@$(RUN) python docs/readme.py

@@ -146,7 +146,7 @@ def test_ci_runs_the_tests():
     assert re.search(r"^make test\b", (ROOT/".ci/run").read_text(), re.M) and os.access(ROOT/".ci/run", os.X_OK)
     for workflow in (ROOT/".github/workflows").glob("*.yml"):
         jobs = yaml.safe_load(workflow.read_text())["jobs"]
-        assert [s["run"] for j in jobs.values() for s in j["steps"] if "run" in s] == ["bash .ci/run"]
+        assert [s["run"] for j in jobs.values() for s in j["steps"] if "run" in s] == (["make docs"] if workflow.stem == "site" else ["bash .ci/run"])
 
 
 # ---- notebooks
