@@ -204,7 +204,7 @@ def test_snakefile_knows_every_job_and_paper_notebook():
     assert {p for p in re.findall(r'"(\w+)": "', papers)} == {p.stem for p in PAPER}
 
 
-@pytest.mark.parametrize("notebook", [n for n in [*LIBRARY, *MINIATURE, *BENCHMARKS, *TUTORIALS] if n != INDEX], ids=name)
+@pytest.mark.parametrize("notebook", [*MINIATURE, *BENCHMARKS, *TUTORIALS], ids=name)
 def test_notebook_runs(notebook):
     done = run("nbdev-test", notebook, "--n-workers", 0)
     assert done.returncode == 0, done.stdout + done.stderr
