@@ -143,7 +143,11 @@ def test_make_says_what_to_install(tmp_path, python, said):
 
 
 def test_ci_runs_the_tests():
-    assert re.search(r"^make test\b", (ROOT/".ci/run").read_text(), re.M) and os.access(ROOT/".ci/run", os.X_OK)
+    script = (ROOT/".ci/run").read_text()
+    assert re.search(r"^bash .ci/extras$\n^make test ", script, re.M) and os.access(ROOT/".ci/run", os.X_OK)
+    marks = re.search(r"-m \"(.*?)\"", script)[1] # which tests it runs, besides those of `make test`
+    done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-m", marks, "tests/test_slurm.py", "tests/test_site.py", "tests/test_sd15.py"], cwd=ROOT, capture_output=True, text=True)
+    assert "test_slurm_and_this_machine" in done.stdout and "test_no_link_is_broken" in done.stdout and "test_sd15" not in done.stdout, done.stdout
     for workflow in (ROOT/".github/workflows").glob("*.yml"):
         jobs = yaml.safe_load(workflow.read_text())["jobs"]
         assert [s["run"] for j in jobs.values() for s in j["steps"] if "run" in s] == (["make docs"] if workflow.stem == "site" else ["bash .ci/run"])

@@ -25,7 +25,7 @@ ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.envi
 CHROMIUM = next((found for word in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(word))), None)
 WIDTH = 380 # pixels, of a small telephone
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.site]
 
 
 @pytest.fixture(scope="module")
