@@ -1,15 +1,11 @@
 """A pipeline of Stable Diffusion 1.5's true shape, with random weights, through generation and style inversion."""
-import json
-import shutil
-
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from bridgexfer.artefacts import PACKAGE, spec_hash
+from bridgexfer.artefacts import spec_hash
+from bridgexfer.benchmarks import write_sd15
 from bridgexfer.datasets import as_images
 from bridgexfer.generation import load_pipeline, load_token, synthesis_spec
 from bridgexfer.style_inversion import invert, inversion_spec, token_words
@@ -20,20 +16,8 @@ pytestmark = pytest.mark.slow # some minutes and 8 GiB of memory
 
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory): # the folder layout of the hub, safetensors alone, with the safety checker named but not there
-    folder = tmp_path_factory.mktemp("sd15")
     torch.manual_seed(0)
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=77,
-                                        hidden_act="quick_gelu", projection_dim=768))
-    vae = AutoencoderKL(3, 3, ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4, (128, 256, 512, 512), 2, latent_channels=4, sample_size=512, scaling_factor=0.18215)
-    unet = UNet2DConditionModel(64, 4, 4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2, cross_attention_dim=768, attention_head_dim=8)
-    for name, part in dict(text_encoder=text, vae=vae, unet=unet).items(): part.to(torch.bfloat16).save_pretrained(folder/name, safe_serialization=True)
-    PNDMScheduler(1000, 0.00085, 0.012, "scaled_linear", skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1).save_pretrained(folder/"scheduler")
-    shutil.copytree(PACKAGE/"weights"/"pipeline"/"tokenizer", folder/"tokenizer") # true words, fewer of them
-    (folder/"model_index.json").write_text(json.dumps({
-        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.6.0", "feature_extractor": [None, None], "requires_safety_checker": True,
-        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "scheduler": ["diffusers", "PNDMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}))
-    return folder
+    return write_sd15(tmp_path_factory.mktemp("sd15"))
 
 
 @pytest.fixture(scope="module")
