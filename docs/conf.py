@@ -1,5 +1,5 @@
 """Sphinx: `make docs`. The pages are made by docs/pages.py; those that define, explain or teach are run here."""
-import hashlib, re, shutil
+import hashlib, logging, os, re, shutil
 from pathlib import Path
 
 from docutils import nodes
@@ -7,6 +7,8 @@ from docutils.utils.math.latex2mathml import tex2mathml
 
 ROOT = Path(__file__).resolve().parent.parent
 EXECUTED = ROOT/"runs/site/executed"
+os.environ["JUPYTER_PATH"] = str(ROOT/"docs")
+logging.getLogger("traitlets").setLevel("WARNING")
 
 
 def digest() -> str: # of what the pages' code depends on, besides itself
@@ -27,6 +29,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "cache" # found again while neither a page's code nor what it depends on changes
 nb_execution_cache_path = str(EXECUTED/digest())
 nb_execution_excludepatterns = ["jobs/*", "paper/*", "benchmarks/*", "miniature/0[1-9]*"] # these take hours, or read what such jobs leave
+nb_kernel_rgx_aliases = {"python3": "quiet"} # of docs/kernels: no word about how the kernel is spoken to
 nb_execution_timeout = 600
 nb_execution_show_tb = True
 nb_output_stderr = "remove"

@@ -1,4 +1,4 @@
-"""Turn the notebooks into pages for Sphinx, in runs/site/pages: `python docs/pages.py`, which `make docs` calls first. Sphinx runs those that are to be run (docs/conf.py)."""
+"""Turn the notebooks into pages for Sphinx, in _pages: `python docs/pages.py`, which `make docs` calls first. Sphinx runs those that are to be run (docs/conf.py)."""
 import ast, inspect, re
 from functools import cache
 from importlib import import_module
@@ -12,7 +12,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS, FIGURES, PAGES = ROOT/"nbs", ROOT/"figures", ROOT/"runs/site/pages"
+NBS, FIGURES, PAGES = ROOT/"nbs", ROOT/"figures", ROOT/"_pages" # beside nbs: what a notebook finds from there, its page finds too
 
 
 # ---- notebooks
@@ -95,9 +95,9 @@ def gallery(patterns: str) -> str: # Markdown: a card for each notebook
 def page(path: Path) -> str: # the notebook that Sphinx reads
     place, cells = path.relative_to(NBS), cells_of(path)
     if path.stem == "index": cells.append(new_markdown_cell((ROOT/"docs/contents.md").read_text()))
-    else: cells[0].source += f"\n\n```{{container}} notebook\nThis page is the notebook {{download}}`nbs/{place} </../../../nbs/{place}>`; `make lab` opens it.\n```"
+    else: cells[0].source += f"\n\n```{{container}} notebook\nThis page is the notebook {{download}}`nbs/{place} </../nbs/{place}>`; `make lab` opens it.\n```"
     if place.parts[0] in ("paper", "benchmarks"): cells = [cells[0], *measured(path), *folded(cells[1:])]
-    return nbformat.writes(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}))
+    return nbformat.writes(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python", "pygments_lexer": "ipython3"}}))
 
 def text(path: Path) -> str: # Markdown; comments ask for what stands in the notebooks and tables
     filled = re.sub(r"<!-- gallery (.+) -->", lambda m: gallery(m[1]), path.read_text())
@@ -110,7 +110,6 @@ def main() -> None:
     for path, words in pages.items(): # one that is as it was is not touched, so that Sphinx does not read it again
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text() != words: path.write_text(words)
-    if not (link := PAGES.parent/"figures").exists(): link.symlink_to("../../figures") # where index.ipynb looks for them
 
 
 if __name__ == "__main__": main()
