@@ -4,6 +4,7 @@ from pathlib import Path
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from jupyter_cache import get_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 EXECUTED = ROOT/"runs/site/executed"
@@ -68,6 +69,7 @@ def link_names(app, doctree, page): # `name` in the text leads to where it is de
 def setup(app):
     for old in EXECUTED.glob("*"):
         if str(old) != nb_execution_cache_path: shutil.rmtree(old)
+    get_cache(nb_execution_cache_path).list_cache_records() # made once, before several processes ask for it
     app.add_node(nodes.math, override=True, html=(formula, None))
     app.add_node(nodes.math_block, override=True, html=(formula, None))
     app.connect("doctree-resolved", link_names)

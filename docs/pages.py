@@ -62,7 +62,7 @@ def folded(cells: list) -> list: # code that is not run here is not what one com
 # ---- tables and figures, from the files that are committed
 
 def table(frame: pd.DataFrame) -> str: # HTML
-    return frame.to_html(index=False, border=0, na_rep="", float_format="{:.4g}".format)
+    return f'<div class="wide">{frame.to_html(index=False, border=0, na_rep="", float_format="{:.4g}".format)}</div>'
 
 def tables(files: list) -> str: # Markdown
     parts = []
