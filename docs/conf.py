@@ -43,6 +43,7 @@ copybutton_prompt_text, copybutton_exclude = "$ ", ".linenos, .gp, .go"
 html_theme = "furo"
 html_title = "bridgexfer"
 html_static_path = [str(ROOT/"docs/static")]
+html_favicon = str(ROOT/"docs/static/icon.svg")
 html_css_files = ["site.css"]
 html_show_sphinx = html_copy_source = html_show_sourcelink = False
 html_theme_options = {"source_edit_link": "", "top_of_page_buttons": []}
