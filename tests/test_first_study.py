@@ -39,7 +39,9 @@ def clone(tmp_path_factory):
 def typed(line, folder):
     "What a command line of the page prints; it has to succeed."
     env = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL")}
-    done = subprocess.run(shlex.split(line), cwd=folder, env={**env, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    words = shlex.split(line)
+    if words[0] == "make": words[1:1] = ["-o", ".venv/.complete"] # whatever its age: this environment is borrowed
+    done = subprocess.run(words, cwd=folder, env={**env, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 
