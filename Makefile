@@ -68,7 +68,7 @@ check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab nbs
 
-docs: $(STAMP) ## the site in _site, from the notebooks (5 minutes the first time on two cores)
+docs: $(STAMP) ## the site in _site, from the notebooks (6 minutes the first time on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python docs/pages.py
 	@$(RUN) OMP_NUM_THREADS=1 sphinx-build -W --keep-going -j auto -c docs -d runs/site/doctrees _pages _site
 	@echo "The site: _site/index.html, or make docs-serve"
