@@ -13,7 +13,7 @@ logging.getLogger("traitlets").setLevel("WARNING")
 
 
 def digest() -> str: # of what the pages' code depends on, besides itself
-    files = [*ROOT.glob("bridgexfer/**/*.*"), *ROOT.glob("figures/**/*.csv"), *(ROOT/name for name in ("settings.ini", "requirements.lock", "Makefile", "Snakefile"))]
+    files = [*ROOT.glob("bridgexfer/**/*.*"), *ROOT.glob("figures/**/*.csv"), *(ROOT/name for name in ("settings.ini", "requirements.lock", "Snakefile"))]
     return hashlib.sha256(b"\0".join(p.read_bytes() for p in sorted(files) if p.suffix != ".pyc")).hexdigest()[:16]
 
 

@@ -1,5 +1,5 @@
 """Turn the notebooks into pages for Sphinx, in _pages: `python docs/pages.py`, which `make docs` calls first. Sphinx runs those that are to be run (docs/conf.py)."""
-import ast, inspect, re
+import ast, inspect, re, subprocess
 from functools import cache
 from importlib import import_module
 from itertools import groupby
@@ -101,7 +101,8 @@ def page(path: Path) -> str: # the notebook that Sphinx reads
 
 def text(path: Path) -> str: # Markdown; comments ask for what stands in the notebooks and tables
     filled = re.sub(r"<!-- gallery (.+) -->", lambda m: gallery(m[1]), path.read_text())
-    return re.sub(r"<!-- tables (.+) -->", lambda m: tables([f for name in m[1].split() if (f := FIGURES/name).exists()]), filled)
+    filled = re.sub(r"<!-- tables (.+) -->", lambda m: tables([f for name in m[1].split() if (f := FIGURES/name).exists()]), filled)
+    return re.sub("<!-- make help -->", lambda _: subprocess.run(["make", "-s", "-C", ROOT, "help"], capture_output=True, text=True, check=True).stdout.strip(), filled)
 
 def main() -> None:
     pages = {PAGES/p.relative_to(NBS): page(p) for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
