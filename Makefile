@@ -62,15 +62,15 @@ test-all: $(STAMP) ## the same, and every job and paper notebook, faults, a mode
 	@bash .ci/extras
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported
+check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported, links
 	@$(RUN) python -m pytest tests/test_project.py -k "not runs and not readme"
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab nbs
 
-docs: $(STAMP) ## the site in _site, from the notebooks (10 minutes the first time on two cores; npm fetches MathJax once)
+docs: $(STAMP) ## the site in _site, from the notebooks (6 minutes the first time on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python docs/pages.py
-	@$(RUN) sphinx-build -q -W --keep-going -j auto -c docs -d runs/site/doctrees runs/site/pages _site
+	@$(RUN) OMP_NUM_THREADS=1 sphinx-build -W --keep-going -j auto -c docs -d runs/site/doctrees _pages _site
 	@echo "The site: _site/index.html, or make docs-serve"
 
 docs-serve: docs ## show the site on localhost, at PORT=8000
