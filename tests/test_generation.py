@@ -403,8 +403,8 @@ def test_references_are_of_the_class_and_of_the_run(pipe, spec, train, monkeypat
 
     monkeypatch.setattr("bridgexfer.synthetic_sets.sample", spy)
     made = generate(spec, tmp_path, 8, pipe=pipe, progress=False, reference=two)
-    rows = plan(spec, 0, 8)
-    assert [prompt for prompt, _ in seen] == [r.prompt for r in rows]
+    rows = [r for k in made.new for r in shard_rows(spec, k)]  # in the order of its own that each process takes
+    assert len(rows) == 80 and [prompt for prompt, _ in seen] == [r.prompt for r in rows]
     handed_in = {p.tobytes(): label for p, label in zip(two.pixels, two.labels, strict=True)}
     assert [handed_in[p.tobytes()] for _, p in seen] == [r.label for r in rows]  # a KeyError would be an image from elsewhere
     assert len({p.tobytes() for _, p in seen}) == 20  # each of them has a part
