@@ -122,9 +122,11 @@ def records_of(folder: Path, # the profile's runs
     "The records behind a row."
     found, missing = {}, []
     for kind in kinds:
-        if not (paths := sorted(folder.glob(f"{kind}/*.json"))) and not list(folder.glob("invert/*.json" if kind == "tokens" else f"generate/{kind}-*.json")): missing.append(f"missing  {os.path.relpath(folder/kind)}: no job of this kind has run here, or its runs are gone")
+        if not (paths := sorted(folder.glob(f"{kind}/*.json"), key=lambda p: (not re.search(r"\.\d+of\d+$", p.stem), p))) and not list(folder.glob("invert/*.json" if kind == "tokens" else f"generate/{kind}-*.json")): missing.append(f"missing  {os.path.relpath(folder/kind)}: no job of this kind has run here, or its runs are gone")
+        seen = set()
         for path in paths:
-            listed = [path.parent.parent/r for r in read_json(path).get("records", [])]
+            listed = [p for r in read_json(path).get("records", []) if (p := path.parent.parent/r) not in seen]
+            seen |= set(listed)
             missing += [f"missing  {os.path.relpath(p)}, which {os.path.relpath(path)} lists" for p in listed if not p.exists()]
             if records := {p: r for p in listed if p.exists() and agrees(row, (r := read_json(p))["spec"])}: found[path] = records
     return found, missing

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ANOTHER', 'MEMORY', 'CARD', 'CAVEATS', 'image_file', 'shard_schema', 'shard_table', 'shard_rows',
            'shard_columns', 'shard_path', 'hashes', 'damage', 'image_files', 'read_shard', 'write_shard',
-           'check_reference', 'reference_of', 'add_token', 'make_shard', 'make_shards', 'read_spec', 'claim',
-           'decode_shard', 'mapped_shards', 'SyntheticSet', 'caveats', 'card', 'write_card', 'generate', 'verify_set',
-           'slug', 'export_folders']
+           'check_reference', 'reference_of', 'add_token', 'make_shard', 'ready', 'progress_bar', 'put_shard',
+           'make_shards', 'next_shard', 'make_missing', 'read_spec', 'claim', 'decode_shard', 'mapped_shards',
+           'SyntheticSet', 'caveats', 'card', 'write_card', 'generate', 'verify_set', 'slug', 'export_folders']
 
 # %% ../nbs/05_synthetic_sets.ipynb #c588b2e1
-import hashlib, io, json, re, time, unicodedata
+import hashlib, io, json, random, re, time, unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from math import ceil, prod
 from pathlib import Path
@@ -168,15 +168,13 @@ def make_shard(spec: SynthesisSpec, # the set
             bar.update(len(part))
         return shard_table(spec, number, [f.result() for f in files])
 
-def make_shards(spec: SynthesisSpec, # the set
-                folder: Path, # that receives them
-                numbers: list, # of the shards
-                device: str = "cpu", # where to sample
-                pipe=None, # an open pipeline; None: the spec's
-                progress: bool = True, # show images/s and the time left
-                reference: Images | None = None, # the real images that the spec names
-               ) -> None:
-    "Make some shards of a set; on another machine, others."
+def ready(spec: SynthesisSpec, # the set
+          folder: Path, # its own
+          device: str = "cpu", # where to sample
+          pipe=None, # an open pipeline; None: the spec's
+          reference: Images | None = None, # the real images that the spec names
+         ): # a pipeline
+    "The pipeline that draws a set, if this is the method, the model and the real images of its spec."
     if spec.version != VERSION: raise ValueError(f"{folder} was made by version {spec.version} of the method, this is version {VERSION}: make a new set.")
     check_reference(spec, reference)
     if pipe is None:
@@ -184,12 +182,58 @@ def make_shards(spec: SynthesisSpec, # the set
             raise ValueError(f"The weights of {spec.model!r} are not those of this spec ({now}, not {spec.weights}): make a new spec with synthesis_spec.")
         pipe = load_pipeline(spec.model, spec.precision, device)
     add_token(pipe, spec)
-    total = len(numbers) * spec.shard * len(spec.names)
-    with tqdm(total=total, desc=f"Generating {Path(folder).name}", unit="image", disable=not progress, mininterval=1) as bar:
+    return pipe
+
+def progress_bar(spec: SynthesisSpec, folder: Path, shards: int, progress: bool) -> tqdm:
+    "A bar that counts images."
+    return tqdm(total=shards * spec.shard * len(spec.names), desc=f"Generating {Path(folder).name}", unit="image", disable=not progress, mininterval=1)
+
+def put_shard(path: Path, table: pa.Table, pipe, started: float) -> None: # started: `time.time()` when its making began
+    "Write a shard, and what made it beside it."
+    write_json(path.with_suffix(".json"), provenance(started, str(pipe.device), len(table)))
+    write_shard(path, table)
+
+def make_shards(spec: SynthesisSpec, # the set
+                folder: Path, # that receives them
+                numbers: list, # of the shards
+                progress: bool = True, # show images/s and the time left
+                reference: Images | None = None, # the real images that the spec names
+                **how, # device, pipe of `ready`
+               ) -> None:
+    "Make some shards of a set, whatever is there."
+    pipe = ready(spec, folder, reference=reference, **how)
+    with progress_bar(spec, folder, len(numbers), progress) as bar:
         for k in numbers:
-            started, table = time.time(), make_shard(spec, k, pipe, bar, reference)
-            write_json(shard_path(folder, k).with_suffix(".json"), provenance(started, str(pipe.device), len(table)))
-            write_shard(shard_path(folder, k), table)
+            started = time.time()
+            put_shard(shard_path(folder, k), make_shard(spec, k, pipe, bar, reference), pipe, started)
+
+# %% ../nbs/05_synthetic_sets.ipynb #c1a7e002
+def next_shard(todo: list, # numbers of the missing shards, ascending
+               last: int | None, # the shard made last; None at the start, or if another job was faster
+               rng: random.Random, # the job's own
+              ) -> int: # one of them
+    "The shard that a job makes next."
+    if last is not None and last + 1 in todo: return last + 1
+    return rng.choice([k for k in todo if k - 1 in todo] or todo)
+
+def make_missing(spec: SynthesisSpec, # the set
+                 folder: Path, # that receives them
+                 numbers: list, # of the shards, ascending
+                 progress: bool = True, # show images/s and the time left, those of other jobs counted
+                 reference: Images | None = None, # the real images that the spec names
+                 **how, # device, pipe of `ready`
+                ) -> list: # the numbers of those made here, also where another job was faster
+    "Make those of some shards that are missing, while other jobs may do the same."
+    pipe, made, last, rng = ready(spec, folder, reference=reference, **how), [], None, random.Random()
+    def missing(): return [k for k in numbers if damage(shard_path(folder, k), spec, k, deep=False)]
+    with progress_bar(spec, folder, len(numbers), progress) as bar:
+        while todo := missing():
+            bar.n = (len(numbers) - len(todo)) * spec.shard * len(spec.names)
+            k, started = next_shard(todo, last, rng), time.time()
+            table, last = make_shard(spec, k, pipe, bar, reference), None
+            made.append(k)
+            if damage(shard_path(folder, k), spec, k, deep=False): put_shard(shard_path(folder, k), table, pipe, started); last = k
+    return made
 
 # %% ../nbs/05_synthetic_sets.ipynb #9d7a3899
 def read_spec(folder: str | Path) -> SynthesisSpec: # of the set in it
@@ -232,7 +276,8 @@ def mapped_shards(paths: list, # of shards
 # %% ../nbs/05_synthetic_sets.ipynb #8518d05e
 class SyntheticSet:
     "A synthetic set on the disk."
-    def __init__(self, folder: str | Path): self.folder, self.spec = Path(folder), read_spec(folder)
+    def __init__(self, folder: str | Path, new: list = ()): # new: the shards that `generate` made just now
+        self.folder, self.spec, self.new = Path(folder), read_spec(folder), list(new)
     def __repr__(self): return f"SyntheticSet({str(self.folder)!r}: {len(self.spec.names)} classes × {self.per_class} images)"
 
     @property
@@ -324,8 +369,8 @@ def generate(spec: SynthesisSpec, # the set
     for k, reason in state.items():
         if reason and reason.startswith(ANOTHER): raise ValueError(f"{shard_path(folder, k)} was {reason}: move it away.")
     todo = [k for k, reason in state.items() if reason]
-    if todo: make_shards(spec, folder, todo, device, pipe, progress, reference)
-    made = SyntheticSet(folder)
+    new = make_missing(spec, folder, todo, device=device, pipe=pipe, progress=progress, reference=reference) if todo else []
+    made = SyntheticSet(folder, new)
     if todo or not (folder/CARD).exists(): write_card(made, remark)
     return made
 

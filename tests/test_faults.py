@@ -82,7 +82,7 @@ def runs(reference, tmp_path):
 def some(folder, pattern, n=1): return len(list((folder/"smoke").glob(pattern))) >= n
 
 STAGES = { # job; what it needs; it is in the stage when this is there and that is not; what it leaves
-    "generation": ("generate", (), "synthetic/*/shard-00000.parquet", "synthetic/*/shard-00001.parquet", ("synthetic", "generate")),
+    "generation": ("generate", (), "synthetic/*/shard-*.parquet", "synthetic/*/shard-*.parquet", ("synthetic", "generate")), # one of two
     "style inversion": ("invert", (), "tokens/*/state.safetensors", "tokens/*/inversion.json", ("tokens", "invert")),
     "stage 1": ("transfer", ("synthetic",), "records/transfer/*.json", "bridges/*/bridge.json", ("bridges", "records", "core")),
     "stage 2": ("transfer", ("synthetic",), "bridges/*/bridge.json", CORE.removeprefix("runs/smoke/"), ("bridges", "records", "core"))}
@@ -98,7 +98,7 @@ def test_killed_and_called_again(reference, runs, stage):
     time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL) # papermill and its kernel, as when a machine goes down
     process.wait()
-    assert some(folder, begun) and not some(folder, ended) # it was in that stage
+    assert some(folder, begun) and not some(folder, ended, 1 + (ended == begun)) # it was in that stage
     assert not [p for f in ("generate", "invert", "core") for p in (folder/"smoke"/f).glob("*.json")] # nothing that looks finished
     whole = outcome(reference.folder/"runs/smoke", *left)
     before = {k: v for k, v in outcome(folder/"smoke", *left).items() if k.endswith((".parquet", "bridge.json")) or "/transfer/" in k}
@@ -194,7 +194,7 @@ def test_a_killed_study_is_taken_up_again_and_a_second_one_is_refused(reference,
     config = [f"{k}={v}" for k, v in {"profile": "smoke", **SETTINGS, "runs": folder}.items()]
     command = [Path(sys.executable).with_name("snakemake"), "--profile", "profiles/local", "tab2_pipelines", "--config", *config]
     first = subprocess.Popen(command, cwd=clone.folder, env=clone.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    until(lambda: some(folder, "synthetic/*/shard-00000.parquet"), first)
+    until(lambda: some(folder, "synthetic/*/shard-*.parquet"), first)
     code, said = clone.snakemake("tab2_pipelines", **SETTINGS, runs=folder)
     assert code and f"Another study is at work in {clone.folder}: process {first.pid} on " in said and "Traceback" not in said
     assert clone.would_run("tab2_pipelines", **SETTINGS)[0] == set() # a dry run is welcome

@@ -64,7 +64,7 @@ def test_kill_and_resume(model, pipe, tmp_path, one_thread):
     worker = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     folder = tmp_path / "killed" / spec_hash(spec)
     until = time.time() + 300
-    while not shard_path(folder, 0).exists() and worker.poll() is None and time.time() < until:
+    while not contents(folder) and worker.poll() is None and time.time() < until:
         time.sleep(0.01)
     time.sleep(0.05)  # into the next shard
     worker.send_signal(signal.SIGKILL)
@@ -76,6 +76,37 @@ def test_kill_and_resume(model, pipe, tmp_path, one_thread):
     assert contents(resumed.folder) == contents(undisturbed.folder)
     assert left.items() <= contents(resumed.folder).items()  # what the killed process had made was kept
     assert len(contents(resumed.folder)) == 4 and resumed.verify() == []
+
+
+SHARER = """
+import json, sys, torch
+torch.set_num_threads(1)
+from bridgexfer.generation import load_pipeline, synthesis_spec
+from bridgexfer.synthetic_sets import generate
+model, names, root, fields = json.loads(sys.argv[1])
+pipe, spec = load_pipeline(model), synthesis_spec(model, names, **fields)
+print("ready", flush=True)
+sys.stdin.readline()
+print(generate(spec, root, 16, pipe=pipe, progress=False).new)
+"""
+
+
+def test_jobs_share_a_set(model, pipe, tmp_path, one_thread):
+    "Three processes started together: the same files as one process makes, few of them twice."
+    fields = dict(steps=3, side=32, batch=10, shard=1)
+    spec = synthesis_spec(model, DIGITS, **fields)
+    command = [sys.executable, "-c", SHARER, json.dumps([model, DIGITS, str(tmp_path / "shared"), fields])]
+    jobs = [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    for job in jobs: assert job.stdout.readline() == "ready\n"
+    for job in jobs: print("go", file=job.stdin, flush=True)
+    new = [json.loads(job.communicate(timeout=300)[0]) for job in jobs]
+    assert not any(job.returncode for job in jobs)
+    alone = generate(spec, tmp_path / "alone", 16, pipe=pipe, progress=False)
+    assert contents(tmp_path / "shared" / spec_hash(spec)) == contents(alone.folder) and len(contents(alone.folder)) == 16
+    assert SyntheticSet(tmp_path / "shared" / spec_hash(spec)).verify(per_class=16) == []
+    assert sorted({k for made in new for k in made}) == sorted(alone.new) == list(range(16))
+    assert all(new) and sum(map(len, new)) < 2 * 16  # 16 to 48: each alone would make all
+    assert generate(spec, tmp_path / "shared", 16, pipe=pipe, progress=False).new == []
 
 
 def test_nothing_is_made_twice(made, spec, monkeypatch):
@@ -372,8 +403,8 @@ def test_references_are_of_the_class_and_of_the_run(pipe, spec, train, monkeypat
 
     monkeypatch.setattr("bridgexfer.synthetic_sets.sample", spy)
     made = generate(spec, tmp_path, 8, pipe=pipe, progress=False, reference=two)
-    rows = plan(spec, 0, 8)
-    assert [prompt for prompt, _ in seen] == [r.prompt for r in rows]
+    rows = [r for k in made.new for r in shard_rows(spec, k)]  # in the order of its own that each process takes
+    assert len(rows) == 80 and [prompt for prompt, _ in seen] == [r.prompt for r in rows]
     handed_in = {p.tobytes(): label for p, label in zip(two.pixels, two.labels, strict=True)}
     assert [handed_in[p.tobytes()] for _, p in seen] == [r.label for r in rows]  # a KeyError would be an image from elsewhere
     assert len({p.tobytes() for _, p in seen}) == 20  # each of them has a part
