@@ -11,6 +11,7 @@ FETCH    ?= # datasets to download, for `make datasets`
 ON       ?= local # where jobs run, a folder of profiles: local, slurm
 RESULT   ?= # a row of a table, for `make provenance`
 SET      ?= # any other settings, as in SET="lr=0.01 guidance=5"
+DEVICE   ?= cpu # of `make bench`: cpu, cuda
 PORT     ?= 8000
 ARGS     ?= # more for pytest, as in ARGS="-k digits"
 SNAKEMAKE_ARGS ?= # more for snakemake, as in SNAKEMAKE_ARGS="--default-resources slurm_partition=gpu slurm_account=me"
@@ -23,7 +24,7 @@ CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
 WORKFLOW = $(RUN) snakemake --profile profiles/$(strip $(ON))
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG)) $(SNAKEMAKE_ARGS)
 
-.PHONY: help env study paper plan provenance tune datasets test test-all check lab docs docs-serve readme cost miniature clean
+.PHONY: help env study paper plan provenance tune datasets test test-all check lab docs docs-serve readme cost bench miniature clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -62,15 +63,15 @@ test-all: $(STAMP) ## the same, and every job and paper notebook, faults, a mode
 	@bash .ci/extras
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported
+check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported, links
 	@$(RUN) python -m pytest tests/test_project.py -k "not runs and not readme"
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab nbs
 
-docs: $(STAMP) ## the site in _site, from the notebooks (10 minutes the first time on two cores; npm fetches MathJax once)
+docs: $(STAMP) ## the site in _site, from the notebooks (6 minutes the first time on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python docs/pages.py
-	@$(RUN) sphinx-build -q -W --keep-going -j auto -c docs -d runs/site/doctrees runs/site/pages _site
+	@$(RUN) OMP_NUM_THREADS=1 sphinx-build -W --keep-going -j auto -c docs -d runs/site/doctrees _pages _site
 	@echo "The site: _site/index.html, or make docs-serve"
 
 docs-serve: docs ## show the site on localhost, at PORT=8000
@@ -82,6 +83,20 @@ readme: $(STAMP) ## write README.md from nbs/index.ipynb
 cost: $(STAMP) ## time `make study` in a fresh clone of the last commit, and take over its figures (12 minutes)
 	@mkdir -p runs
 	@$(RUN) papermill --engine ipc --log-output nbs/benchmarks/two_commands.ipynb runs/two_commands.ipynb -p commands "study study" -p out "$(CURDIR)/figures"
+
+# What a machine measures: at miniature scale on a CPU, at the models' own sizes on a GPU.
+cpu_generation  = -p images 64 -p batch 64 -p steps 25 -p rounds 3
+cuda_generation = -p model sd15 -p device cuda -p precisions bfloat16 -p images 32 -p batch 16 -p steps 50 -p rounds 3
+cpu_style_inversion  = -p steps 20 -p images 256 -p rounds 5
+cuda_style_inversion = -p model sd15 -p device cuda -p precision bfloat16 -p side 512 -p batch 4 -p images 64 -p steps 20 -p rounds 5
+cpu_finetuning  = -p shapes "mini_resnet10@32 mini_resnet18@64 resnet18@64" -p images 256 -p batch 64 -p rounds 5 -p workers 2
+cuda_finetuning = -p shapes "resnet18@224 vit_base@224" -p device cuda -p images 12800 -p batch 64 -p rounds 3 -p workers 16
+bench = @mkdir -p runs/benchmarks && $(RUN) papermill --engine ipc --log-output nbs/benchmarks/$(1).ipynb runs/benchmarks/$(1).ipynb -p out "$(CURDIR)/figures" $($(strip $(DEVICE))_$(1))
+
+bench: $(STAMP) ## ours beside what others do, in turn: figures/benchmarks.csv (15 minutes on two cores); on a GPU at full size with DEVICE=cuda
+	$(call bench,generation)
+	$(call bench,style_inversion)
+	$(call bench,finetuning)
 
 # The sizes stand in settings.ini, section [weights].
 size  = $(shell sed -n 's/^$(1)  *= *\([0-9]*\).*/\1/p' settings.ini)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GLYPHS', 'SCAN', 'SUFFIXES', 'FORMATS', 'PIXEL_LIMIT', 'SPLITS', 'SPLIT_WORDS', 'DIGIT_NAMES', 'GREEK_NAMES',
-           'DATASETS', 'TEN', 'METRICS', 'Images', 'as_images', 'Augment', 'DatasetInfo', 'Dataset', 'TooLarge',
-           'open_image', 'upright', 'read_image', 'walk_folder', 'class_folders', 'folder_layout', 'content_number',
-           'held_out', 'plain', 'given_names', 'prompt_names', 'folder_files', 'decoded', 'dataset_info',
-           'load_dataset', 'train_size', 'hold_out', 'few_shot', 'measure']
+           'DATASETS', 'TEN', 'METRICS', 'Parts', 'Images', 'as_images', 'Augment', 'DatasetInfo', 'Dataset',
+           'TooLarge', 'open_image', 'upright', 'read_image', 'walk_folder', 'class_folders', 'folder_layout',
+           'content_number', 'held_out', 'plain', 'given_names', 'prompt_names', 'folder_files', 'decode_into',
+           'mapped', 'decoded', 'dataset_info', 'load_dataset', 'train_size', 'hold_out', 'few_shot', 'measure']
 
 # %% ../nbs/03_datasets.ipynb #03c3ef97
 import hashlib
@@ -17,6 +17,7 @@ import os
 import re
 import unicodedata
 import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,10 +33,31 @@ from .miniature.typeset import DIGITS, GREEK, HELD_OUT_FONTS, Style, render
 from .prompts import name_of_folder
 
 # %% ../nbs/03_datasets.ipynb #474bb3ca
+class Parts:
+    "Arrays laid end to end, without a copy; what is taken out of them is an array."
+    def __init__(self, *parts: "np.ndarray | Parts"): # whose shapes differ in the first axis at most
+        self.parts = [p for part in parts for p in (part.parts if isinstance(part, Parts) else [part])]
+        self.starts = np.cumsum([0, *map(len, self.parts)])
+        self.shape, self.dtype = (int(self.starts[-1]), *self.parts[0].shape[1:]), self.parts[0].dtype
+
+    def __len__(self): return self.shape[0]
+
+    def __array__(self, dtype=None, copy=None): return np.concatenate(self.parts).astype(dtype or self.dtype, copy=False)
+
+    def __getitem__(self, key):
+        rows, *rest = key if isinstance(key, tuple) else (key,)
+        if isinstance(rows, slice): at = np.arange(*rows.indices(len(self)))
+        else: at = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, np.int64)
+        if at.size and not -len(self) <= at.min() <= at.max() < len(self): raise IndexError(f"Rows {at.min()} to {at.max()} of {len(self)}: a row lies outside.")
+        at = at % max(len(self), 1)
+        lies_in, out = np.searchsorted(self.starts, at, "right") - 1, np.empty((*at.shape, *self.parts[0][(slice(0), *rest)].shape[1:]), self.dtype)
+        for k in np.unique(lies_in): out[lies_in == k] = self.parts[k][(at[lies_in == k] - self.starts[k], *rest)]
+        return out
+
 @dataclass(frozen=True, eq=False)
 class Images:
     "Labelled images of one size."
-    pixels: np.ndarray # (n, side, side, 3) uint8
+    pixels: np.ndarray | Parts # (n, side, side, 3) uint8
     labels: np.ndarray # (n,) int64, 0..C-1
     names: tuple # C class names
     rows: np.ndarray # (n,) int64, row numbers in the split these were taken from
@@ -50,7 +72,7 @@ class Images:
     def digest(self) -> str: # 16 hexadecimal digits
         "A digest of pixels, labels and names: the same images always give the same."
         h = hashlib.sha256(repr((self.pixels.shape, self.names)).encode())
-        for a in (self.pixels, self.labels): h.update(np.ascontiguousarray(a).data)
+        for a in (*(self.pixels.parts if isinstance(self.pixels, Parts) else [self.pixels]), self.labels): h.update(np.ascontiguousarray(a).data)
         return h.hexdigest()[:16]
 
 def as_images(pixels, labels, names) -> Images:
@@ -288,11 +310,22 @@ def _folder_info(folder: Path) -> DatasetInfo:
     vocabulary = f"{folder.resolve().name}-{stable_hash(*names) % 16**6:06x}"
     return DatasetInfo(str(folder), names, vocabulary=vocabulary, remark="a fifth held out" if "" in layout else "")
 
+def decode_into(pixels: np.ndarray, # (n, side, side, 3) uint8, which receives them
+                decode: Callable, # item -> (side, side, 3)
+                items: Sequence, # n of them, such as paths
+                label: str = "Decoding", # of the progress bar, which large sets have
+               ) -> np.ndarray: # the same array
+    "Decode images on all cores, each to its place, so that nothing is held twice."
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(pool.map(decode, items), total=len(items), desc=label, unit="image", disable=len(items) < 500)
+        for i, image in enumerate(bar): pixels[i] = image
+    return pixels
+
 def _load_split(where: str, files: dict, names: tuple, side: int) -> Images: # where: for messages; files: {class folder: paths}
     empty = [plain(c) for c, found in files.items() if not found]
     if empty: raise ValueError(f"{where} has no images for {', '.join(empty)}; looked for {' '.join(SUFFIXES)}.")
     paths = [(f, label) for label, found in enumerate(files.values()) for f in found]
-    pixels = np.stack([read_image(f, side) for f, _ in tqdm(paths, desc="Reading", unit="image", disable=len(paths) < 500)])
+    pixels = decode_into(np.empty((len(paths), side, side, 3), np.uint8), lambda f: read_image(f, side), [f for f, _ in paths], "Reading")
     return as_images(pixels, [label for _, label in paths], names)
 
 def _load_folder(folder: Path, side: int):
@@ -301,21 +334,26 @@ def _load_folder(folder: Path, side: int):
     return tuple(_load_split(where.format(folder, s), files[s], names, side) for s in SPLITS)
 
 # %% ../nbs/03_datasets.ipynb #f6e34794
+def mapped(path: Path, # a file that keeps the array
+           shape: tuple, # of the array
+           fill: Callable, # writes into the array that it is given
+          ) -> np.ndarray: # uint8, mapped into memory; changes stay in this process
+    "An array of bytes, made once and found again."
+    if not path.exists():
+        with atomic(path) as part:
+            array = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+            if hasattr(os, "posix_fallocate"): # not on every system
+                with open(part, "r+b") as f: os.posix_fallocate(f.fileno(), 0, part.stat().st_size)
+            fill(array)
+            array.flush()
+    return np.load(path, mmap_mode="c")
+
 def decoded(files: list, # n paths
             side: int, # of the stored images, pixels
             path: Path, # a file that keeps them
            ) -> np.ndarray: # (n, side, side, 3) uint8, mapped into memory; changes stay in this process
     "Images decoded once, and found again."
-    if not path.exists():
-        with atomic(path) as part:
-            pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(files), side, side, 3))
-            if hasattr(os, "posix_fallocate"): # not on every system
-                with open(part, "r+b") as f: os.posix_fallocate(f.fileno(), 0, part.stat().st_size)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                bar = tqdm(pool.map(lambda f: read_image(f, side), files), total=len(files), desc=f"Decoding {path.stem}", unit="image", disable=len(files) < 500)
-                for i, image in enumerate(bar): pixels[i] = image
-            pixels.flush()
-    return np.load(path, mmap_mode="c")
+    return mapped(path, (len(files), side, side, 3), lambda pixels: decode_into(pixels, lambda f: read_image(f, side), files, f"Decoding {path.stem}"))
 
 def _load_archive(name: str, side: int, root: Path): # two splits
     listing = list_archive(name, root)

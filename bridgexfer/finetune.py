@@ -42,7 +42,7 @@ def mix(x: torch.Tensor, # (n, 3, side, side)
        ) -> tuple: # blended x, the partners' labels (n,), λ
     "Mixup of a batch with one λ."
     if alpha == 0: return x, y, 1.
-    lam, partner = float(rng.beta(alpha, alpha)), torch.from_numpy(rng.permutation(len(x))).to(x.device)
+    lam, partner = float(rng.beta(alpha, alpha)), torch.from_numpy(rng.permutation(len(x))).to(x.device, non_blocking=True)
     return lam * x + (1 - lam) * x[partner], y[partner], lam
 
 # %% ../nbs/09_finetune.ipynb #72e6490e
@@ -59,7 +59,7 @@ def finetune(model: nn.Module, # trained in place
             ) -> list: # a dict per epoch: epoch, loss, train_accuracy
     "Train all layers; the last epoch is the result."
     model = model.to(device, memory_format=torch.channels_last).train()
-    opt = torch.optim.SGD(model.parameters(), spec.lr, spec.momentum, weight_decay=spec.weight_decay)
+    opt = torch.optim.SGD(model.parameters(), spec.lr, spec.momentum, weight_decay=spec.weight_decay, fused=True)
     steps = spec.epochs * -(-len(images) // spec.batch)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
     rng, mixer = torch.Generator().manual_seed(stable_hash(seed, "order")), np.random.default_rng(stable_hash(seed, "mixup"))
@@ -91,4 +91,4 @@ def train_step(model: nn.Module, opt: torch.optim.Optimizer,
     with torch.no_grad():
         best = logits.argmax(1)
         right = lam * (best == y).sum() + (1 - lam) * (best == partner).sum()
-        return torch.stack([loss.detach() * len(y), right, right.new_tensor(float(len(y)))])
+        return torch.stack([loss.detach() * len(y), right, torch.full_like(right, len(y))])

@@ -44,6 +44,7 @@ class Work:
     @property
     def amount(self) -> int: return self.images or self.passes or self.steps # what a rate divides
 
+# %% ../nbs/20_planning.ipynb #d7f1dad1
 class Counter:
     "Counts what is new in a run after all that came before it."
     def __init__(self, settings): self.s, self.sets, self.done = settings, {}, set()

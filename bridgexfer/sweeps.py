@@ -182,6 +182,7 @@ def web_images(names: tuple, # class names, by label; of digits or Greek letters
     parts = [corpus(per_class, {chars[n]: n}, stable_hash(seed, "web", n) % 2**32, size=side)[0] for n in names]
     return as_images([i for p in parts for i in p], [label for label, p in enumerate(parts) for _ in p], names)
 
+# %% ../nbs/15_sweeps.ipynb #c603e9a6
 def synthesis_hash(settings, # of a profile
                    data: Dataset,
                    run: Run,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from .artefacts import as_dict, atomic, provenance, read_json, spec_hash, stable_hash, write_json
 from .backbones import backbone, backbone_digest, create_backbone, predict, reset_head
-from .datasets import Augment, DatasetInfo, Images, few_shot, measure
+from .datasets import Augment, DatasetInfo, Images, Parts, few_shot, measure
 from .finetune import FinetuneSpec, finetune
 
 # %% ../nbs/10_transfer.ipynb #13fde907
@@ -148,11 +148,11 @@ def start_of(name: str, # a key of `PIPELINES` or `CONTROLS`
     return model, (join(real, synthetic) if p.mixed else real)
 
 def join(a: Images, b: Images) -> Images: # a's rows keep their numbers, b's become -1
-    "Two sets of images as one; both must have the same classes and size."
+    "Two sets of images as one, without a copy of their pixels; both must have the same classes and size."
     if a.names != b.names or a.pixels.shape[1:] != b.pixels.shape[1:]:
         raise ValueError(f"Cannot mix images of {len(a.names)} classes at {a.pixels.shape[1]} pixels with {len(b.names)} classes at {b.pixels.shape[1]}: "
                          "class names, their order and the side have to agree.")
-    return Images(np.concatenate([a.pixels, b.pixels]), np.concatenate([a.labels, b.labels]), a.names, np.concatenate([a.rows, np.full(len(b), -1)]))
+    return Images(Parts(a.pixels, b.pixels), np.concatenate([a.labels, b.labels]), a.names, np.concatenate([a.rows, np.full(len(b), -1)]))
 
 # %% ../nbs/10_transfer.ipynb #f85754f2
 def transfer(spec: TransferSpec,

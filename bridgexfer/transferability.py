@@ -31,7 +31,7 @@ def _check(score: str, # its name, for the message
 
 def _check_softmax(theta: np.ndarray): # (n, Z)
     "Say which row cannot come from a soft-max."
-    sums, low = theta.sum(1), theta.min()
+    sums, low = theta.sum(1, dtype=np.float64), theta.min()
     if low < 0 or (off := np.abs(sums - 1)).max() > 1e-3:
         i = int(theta.min(1).argmin() if low < 0 else off.argmax())
         raise ValueError(f"LEEP needs soft-max probabilities, not logits: row {i} has sum {sums[i]:.4g} and least value {theta[i].min():.4g}.")
@@ -42,14 +42,15 @@ def leep(probabilities: np.ndarray, # (n, Z) soft-max outputs over source classe
          classes: int, # C, the number of target classes
         ) -> float: # nats, at most 0; larger is better
     "The LEEP score of a model on a labelled set (Nguyen et al. 2020)."
-    theta, labels = np.asarray(probabilities, np.float64), np.asarray(labels)
+    theta, labels = np.asarray(probabilities), np.asarray(labels)
     _check("LEEP", "probabilities", theta, labels, classes)
     _check_softmax(theta)
-    theta = theta / theta.sum(1, keepdims=True)
-    joint = np.eye(classes)[labels].T @ theta / len(theta) # P(y, z), (C, Z)
+    rows = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels, minlength=classes))[:-1]) # of each class
+    def block(at): return (t := theta[at].astype(np.float64)) / t.sum(1, keepdims=True)
+    joint = np.stack([block(at).sum(0) for at in rows]) / len(theta) # P(y, z), (C, Z)
     marginal = joint.sum(0) # P(z), (Z,)
     conditional = joint / np.where(marginal > 0, marginal, 1) # P(y | z), a column of zeros where z is dead
-    return float(np.log(np.einsum("iz,iz->i", theta, conditional[labels])).mean())
+    return float(sum(np.log(block(at) @ c).sum() for at, c in zip(rows, conditional)) / len(theta))
 
 # %% ../nbs/11_transferability.ipynb #891c8592
 def label_entropy(labels: np.ndarray, # (n,) integers from 0

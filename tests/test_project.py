@@ -182,6 +182,41 @@ def test_style():
     assert done.returncode == 0, done.stdout
 
 
+def slug(heading): return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def prose(path):
+    "The Markdown of a page or a notebook, without blocks of code."
+    text = "\n\n".join(map(source, cells(path, "markdown"))) if path.suffix == ".ipynb" else path.read_text()
+    return re.sub(r"^( *)(```|:::).*?^\1\2", "", text, flags=re.M | re.S)
+
+
+def broken_links(path, tops=()):
+    "Links and pictures that lead nowhere; `tops` are other folders that a relative link may start from."
+    for link in re.findall(r"\]\(([^)\s]*)", re.sub(r"`[^`\n]+`", "", prose(path))):
+        place, _, anchor = link.partition("#")
+        if re.match(r"\w+:", link):
+            if not re.fullmatch(r"(https?://[\w.-]+\.\w+([/?#]\S*)?|mailto:\S+@\S+)", link): yield f"{path.name}: {link} is no address"
+            continue
+        target = next((t for top in (path.parent, *tops) if (t := top/place).exists()), None) if place else path
+        if not link or target is None: yield f"{path.name}: {link!r} leads nowhere"
+        elif anchor and target.suffix in (".md", ".ipynb") and anchor not in {slug(h) for h in re.findall(r"^#+ (.+)$", prose(target), re.M)}: yield f"{path.name}: {link} has no such heading"
+
+
+def test_links_lead_somewhere(files):
+    pages = [p for p in files if p.suffix in (".md", ".ipynb")]
+    broken = [b for p in pages for b in broken_links(p, [ROOT/"nbs"] if p.is_relative_to(ROOT/"docs") else [])]
+    assert len(pages) > 60 and not broken, "\n".join(broken)
+
+
+def test_broken_links_are_noticed(tmp_path):
+    (tmp_path/"there.md").write_text("# A heading: of `code`, too\n")
+    (tmp_path/"page.md").write_text("""[a](there.md) [b](there.md#a-heading-of-code-too) ![c](https://example.org/x.png) [d](#own)\n# Own\n`[code](is-no.link)`\n```\n[code](is-no.link)\n```
+[1](gone.md) ![2](gone.png) [3](there.md#gone) [4](https:/example) [5](#gone) [![6](gone.png)](there.md) [7]()\n""")
+    found = list(broken_links(tmp_path/"page.md"))
+    assert len(found) == 7, found
+
+
 def test_modules_import_only_what_comes_before_them():
     order = {re.search(r"#\| default_exp (\S+)", text)[1]: nb.name.split("_")[0]
              for nb in LIBRARY if nb.name[:2].isdigit() for text in ["\n".join(map(source, cells(nb)))] if "default_exp" in text}
