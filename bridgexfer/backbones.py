@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import nn
 from .artefacts import digest
@@ -83,6 +83,7 @@ def untrained(arch: str, # a key of `ARCHS` or a timm model
 # %% ../nbs/08_backbones.ipynb #3d38d439
 def fetch_weights(timm_name: str) -> str: # path of a safetensors file
     "The pre-trained weights of a timm model, from the cache or the hub."
+    from huggingface_hub import hf_hub_download # here, because it brings what talks to the network
     id, _, revision = (_timm().get_pretrained_cfg(timm_name).hf_hub_id or "").partition("@")
     if not id: raise OSError(f"timm names no place on the hub for the weights {timm_name}: choose a model of timm.list_models(pretrained=True) that has one.")
     try: return hf_hub_download(id, "model.safetensors", revision=revision or None)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
-from huggingface_hub import ModelCard, constants, try_to_load_from_cache
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 from .artefacts import PACKAGE, digest, stable_hash, unhashed
@@ -208,6 +208,7 @@ OPENRAIL = ("Its Attachment A forbids uses, of the model and of its images, that
 def licence_of(model: str, # "miniature", a folder, "id" or "id@revision"
               ) -> str: # as the hub abbreviates it; "unknown" where no card says it
     "The licence of a text-to-image model, from its card."
+    from huggingface_hub import ModelCard, try_to_load_from_cache # here, because they bring what talks to the network
     if model == "miniature": return "apache-2.0"
     try: folder, name, revision = find_model(model)
     except FileNotFoundError: return "unknown" # it was used elsewhere

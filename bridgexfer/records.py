@@ -14,9 +14,10 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from pathlib import Path
 from time import time
+from typing import TYPE_CHECKING
 import numpy as np
-import pandas as pd
 from .artefacts import as_dict, provenance, read_json, spec_hash, write_json
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/16_records.ipynb #45924db0
 def plain(value, # JSON values, NumPy numbers and arrays among them
@@ -116,8 +117,9 @@ def read_job(path: str | Path, # from `job_path`
 
 # %% ../nbs/16_records.ipynb #2ddfed54
 def to_frame(records: list, # from `read_job`
-            ) -> pd.DataFrame: # one row per record
+            ) -> "pd.DataFrame": # one row per record
     "Records as a table: the spec's words and numbers, and all of the result."
+    import pandas as pd # here, because jobs that write records need no tables
     rows = []
     for r in records:
         spec = {k: v for k, v in r["spec"].items() if not isinstance(v, (list, dict))}
@@ -132,7 +134,7 @@ def read_jobs(folder: str | Path, # the profile's runs
               datasets: tuple, # names
               archs: tuple, # names
               command: str = "make study", # what makes them, for the error
-             ) -> pd.DataFrame: # one row per record
+             ) -> "pd.DataFrame": # one row per record
     "The records of a job for all datasets and architectures, as one table."
     paths = [job_path(folder, job, d, a) for a in archs for d in datasets]
     if missing := [p for p in paths if not p.exists()]:
@@ -142,8 +144,9 @@ def read_jobs(folder: str | Path, # the profile's runs
 # %% ../nbs/16_records.ipynb #5e3619ca
 def published(table: str, # "tab1" to "tab7", or "text" for numbers that stand in no table
               start: str | Path = ".", # a folder inside the clone
-             ) -> pd.DataFrame: # columns dataset, row, value, spread, note
+             ) -> "pd.DataFrame": # columns dataset, row, value, spread, note
     "The numbers that the paper prints in a table."
+    import pandas as pd
     for folder in [Path(start).resolve(), *Path(start).resolve().parents]:
         if (path := folder/"figures"/"published.csv").exists(): break
     else: raise FileNotFoundError(f"No figures/published.csv in {Path(start).resolve()} or above: run from inside a clone of the study.")
@@ -158,6 +161,7 @@ def read_rates(path: str | Path, # tab5_learning_rates.csv of the profile's figu
                pipelines: tuple, # names
               ) -> dict: # pipeline -> learning rate
     "The tuned learning rates of a dataset and an architecture."
+    import pandas as pd
     path, advice = Path(path), "run `make tune`, or set `lr` in settings.ini to one number for all"
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: {advice}.")
     table = pd.read_csv(path)
@@ -191,6 +195,7 @@ def show_table(path: str | Path, # a CSV file of figures/<profile>
                wrap: int = 5, # datasets side by side
               ) -> str: # lines for a terminal
     "A table of the study as text."
+    import pandas as pd
     frame = pd.read_csv(path)
     if not {"arch", "shots", "pipeline", "dataset", "mean", "sd", "n", "verdict"} <= set(frame): return frame.to_string(index=False, na_rep="")
     datasets, lines = list(frame["dataset"].unique()), []

@@ -7,6 +7,7 @@ __all__ = ['PIPELINES', 'CONTROLS', 'Pipeline', 'pipeline', 'BridgeSpec', 'load_
            'start_of', 'join', 'transfer', 'Recipe', 'recipe_of', 'Task', 'run_task']
 
 # %% ../nbs/10_transfer.ipynb #ecea8812
+import shutil
 from dataclasses import dataclass, fields
 from math import ceil
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 from .artefacts import as_dict, atomic, provenance, read_json, spec_hash, stable_hash, write_json
 from .backbones import backbone, backbone_digest, create_backbone, predict, reset_head
 from .datasets import Augment, DatasetInfo, Images, Parts, few_shot, measure
-from .finetune import FinetuneSpec, finetune
+from .finetune import FinetuneSpec, finetune, spent
 
 # %% ../nbs/10_transfer.ipynb #13fde907
 @dataclass(frozen=True)
@@ -81,14 +82,17 @@ def make_bridge(spec: BridgeSpec,
                 root: str | Path, # bridges are kept in folders below
                 device: str = "cpu",
                 label: str | None = None, # of the progress bar; None shows none
+                every: float = 300., # seconds between saves of the training's state
                ) -> Path: # the bridge's folder
     "Fine-tune a backbone on synthetic images, or find the bridge that was made before."
     folder, classes = Path(root)/spec_hash(spec), len(synthetic.names)
     if (folder/"bridge.json").exists(): return folder
-    started, model = time(), create_backbone(spec.arch, classes, stable_hash(spec.seed, "stage 1 head"))
-    curve = finetune(model, synthetic, spec.finetune, spec.arch, stable_hash(spec.seed, "stage 1"), device, label)
+    state = folder/"state.safetensors"
+    started, model = time() - spent(state), create_backbone(spec.arch, classes, stable_hash(spec.seed, "stage 1 head"))
+    curve = finetune(model, synthetic, spec.finetune, spec.arch, stable_hash(spec.seed, "stage 1"), device, label, state, every)
     with atomic(folder/"model.safetensors") as part: save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part)
     write_json(folder/"bridge.json", dict(spec=as_dict(spec), curve=curve, **provenance(started, device, spec.finetune.epochs * len(synthetic))))
+    state.unlink(missing_ok=True)
     return folder
 
 # %% ../nbs/10_transfer.ipynb #31d22aab
@@ -163,12 +167,13 @@ def transfer(spec: TransferSpec,
              bridge: str | Path | None = None, # folder of the bridge
              device: str = "cpu",
              label: str | None = None, # of the progress bar; None shows none
+             state: Path | None = None, # a file for the state of this training, as in `finetune`
             ) -> tuple: # the model, and a result of JSON values
     "Run the last stage of a pipeline and measure the model after its last epoch."
-    started = time()
+    started = time() - spent(state)
     model, images = start_of(spec.pipeline, real, synthetic, bridge, spec.arch, spec.seed)
     training = FinetuneSpec(spec.lr, spec.epochs, spec.batch, spec.momentum, spec.weight_decay, spec.mixup, augment) if spec.epochs else None
-    curve = finetune(model, images, training, spec.arch, stable_hash(spec.seed, "stage 2"), device, label) if training else []
+    curve = finetune(model, images, training, spec.arch, stable_hash(spec.seed, "stage 2"), device, label, state) if training else []
     guesses = predict(model, test, spec.arch, device=device).argmax(1)
     return model, dict(accuracy=measure(guesses, test.labels, spec.metric), metric=spec.metric, predictions=guesses.tolist(),
                        labels=test.labels.tolist(), curve=curve, seconds=round(time() - started, 2))
@@ -249,4 +254,7 @@ def run_task(task: Task,
     if run.uses and len(images) != run.per_class * len(images.names): raise ValueError(f"The run asks for {run.per_class} synthetic images of each of {len(images.names)} classes, got {len(images)} in all.")
     spec, real = task.spec(run, lr, name), few_shot(task.train, run.shots, run.seed) if run.shots else task.train
     bridge = make_bridge(task.bridge(run, name), images, bridges, device, label and f"{label}, stage 1") if spec.bridge else None
-    return transfer(spec, real, task.test, task.info.augment, images, bridge, device, label)
+    state = Path(bridges)/spec_hash(spec)/"state.safetensors" # while it lasts; mixed transfer is as long as stage 1
+    made = transfer(spec, real, task.test, task.info.augment, images, bridge, device, label, state)
+    if state.exists(): shutil.rmtree(state.parent)
+    return made

@@ -5,7 +5,6 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from bridgexfer import backbones
 from bridgexfer.backbones import ARCHS, backbone, create_backbone, features, reset_head, untrained
 from bridgexfer.datasets import as_images
 
@@ -21,7 +20,7 @@ def on_disk(monkeypatch, tmp_path): # instead of the hub, weights that were neve
         model = timm.create_model(id.split("/")[-1], pretrained=False)
         save_file(model.state_dict(), path := tmp_path/file)
         return str(path)
-    monkeypatch.setattr(backbones, "hf_hub_download", give)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", give)
     return asked
 
 
@@ -80,6 +79,6 @@ def test_weights_as_pickle_alone_are_refused(monkeypatch, tmp_path):
         if not file.endswith(".bin"): raise LocalEntryNotFoundError(f"no {file}")
         torch.save({}, path := tmp_path/file)
         return str(path)
-    monkeypatch.setattr(backbones, "hf_hub_download", only_pickle)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", only_pickle)
     with pytest.raises(OSError, match="has no model.safetensors"): create_backbone("resnet18")
     assert asked == ["model.safetensors"]

@@ -227,6 +227,16 @@ def test_modules_import_only_what_comes_before_them():
         assert not late, f"{module} imports {', '.join(late)}, which comes later"
 
 
+def test_jobs_start_without_what_they_may_not_need():
+    "What takes long to import is imported by the functions that use it; a job's modules bring torch and little more."
+    modules = sorted({m for n in JOBS for m in re.findall(r"from (bridgexfer\.\w+) import", "\n".join(map(source, cells(n))))} - {"bridgexfer.plots", "bridgexfer.statistics"}) # with these some jobs draw
+    slow = {"diffusers", "transformers", "timm", "accelerate", "torchvision", "pandas", "matplotlib", "scipy", "sklearn", "datasets", "huggingface_hub.hf_api"}
+    code = f"import sys, {', '.join(modules)}; print(sorted({slow} & set(sys.modules)))"
+    assert {"bridgexfer.generation", "bridgexfer.transfer", "bridgexfer.sweeps", "bridgexfer.records"} <= set(modules)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("notebook", [*JOBS, *PAPER], ids=name)
 def test_jobs_take_parameters_and_export_nothing(notebook):
     tagged = [source(c) for c in cells(notebook) if "parameters" in c["metadata"].get("tags", [])]

@@ -10,15 +10,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
+import bridgexfer.finetune as finetune_module
 from bridgexfer import backbones
-from bridgexfer.artefacts import spec_hash
+from bridgexfer.artefacts import read_json, spec_hash
 from bridgexfer.backbones import ARCHS, backbone_digest, create_backbone, predict
 from bridgexfer.datasets import GLYPHS, as_images, hold_out, load_dataset
 from bridgexfer.finetune import FinetuneSpec, NonFiniteLoss, finetune
 from bridgexfer.settings import load_settings
 from bridgexfer.miniature.typeset import DIGITS, corpus
-from bridgexfer.transfer import CONTROLS, PIPELINES, Recipe, Run, Task, load_bridge, make_bridge, pipeline, recipe_of, run_task
+from bridgexfer.transfer import CONTROLS, PIPELINES, BridgeSpec, Recipe, Run, Task, load_bridge, make_bridge, pipeline, recipe_of, run_task
 
 ARCH = "mini_resnet10"
 RECIPE = Recipe(epochs=1, few_epochs=2, mixed_epochs=1, stage1_epochs=1, stage1_lr=0.03, mixup=0.2, batch=64, momentum=0.9, weight_decay=5e-4)
@@ -139,31 +141,40 @@ def test_a_loss_that_is_not_finite_leaves_nothing(task, synthetic, tmp_path):
     assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_a_killed_stage_1_is_made_again(task, synthetic, tmp_path):
-    "SIGKILL while the bridge is trained: what is left is no bridge, and the next call makes the one that an undisturbed run makes."
-    code = f"""
-import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
-import numpy as np
+CHILD = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch; torch.set_num_threads(1)
 import test_transfer as t
-from dataclasses import replace
+from bridgexfer.datasets import as_images
 from bridgexfer.miniature.typeset import DIGITS, corpus
-from bridgexfer.datasets import as_images, load_dataset
 pixels, labels, _ = corpus(200, DIGITS, seed=0)
-data = load_dataset("digits")
-task = t.Task(data.info, data.train, data.test, t.ARCH, replace(t.RECIPE, stage1_epochs=500))
-print("training", flush=True)
-t.run(task, "bridged", as_images(pixels, labels, DIGITS.values()), {str(tmp_path/"a")!r})
+t.make_bridge(*t.long_bridge(as_images(pixels, labels, DIGITS.values())), sys.argv[2], every=0)
 """
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "training\n"
-    time.sleep(2)
+
+
+def long_bridge(synthetic): # its spec and its images: many epochs, and mixup
+    return BridgeSpec(ARCH, backbone_digest(ARCH), synthetic.digest, 20, 0, FinetuneSpec(0.03, 60, mixup=0.2, augment=GLYPHS)), synthetic
+
+
+def test_a_killed_stage_1_goes_on_where_it_was(synthetic, monkeypatch, tmp_path, one_thread):
+    "SIGKILL while the bridge is trained: what is left is no bridge, and the next call ends with the bits of an undisturbed run."
+    spec, _ = long_bridge(synthetic)
+    folder = tmp_path/"killed"/spec_hash(spec)
+    child = subprocess.Popen([sys.executable, "-c", CHILD, os.path.dirname(__file__), str(tmp_path/"killed")])
+    while not (folder/"state.safetensors").exists(): assert child.poll() is None; time.sleep(0.01)
+    time.sleep(0.2) # into some epoch
     child.send_signal(signal.SIGKILL); child.wait()
-    assert not list(tmp_path.rglob("bridge.json"))
-    spec = task.bridge(Run("bridged", 4, 0, 20), synthetic.digest)
-    (tmp_path/"a"/spec_hash(spec)).mkdir(parents=True)
-    (tmp_path/"a"/spec_hash(spec)/"model.safetensors").write_bytes(b"half")
-    a, b = (load_bridge(make_bridge(spec, synthetic, tmp_path/f), ARCH, 10) for f in ("a", "b"))
-    assert torch.equal(weights(a), weights(b))
+    with safe_open(folder/"state.safetensors", "pt") as f: done = len(json.loads(f.metadata()["training"])["curve"])
+    assert 1 <= done < 60 and not (folder/"bridge.json").exists()
+    (folder/"model.safetensors").write_bytes(b"half")
+    steps, step = [], finetune_module.train_step
+    monkeypatch.setattr(finetune_module, "train_step", lambda *a: steps.append(1) or step(*a))
+    resumed = make_bridge(*long_bridge(synthetic), tmp_path/"killed")
+    assert len(steps) == (60 - done) * 4 # four batches in an epoch
+    undisturbed = make_bridge(*long_bridge(synthetic), tmp_path/"undisturbed")
+    assert (resumed/"model.safetensors").read_bytes() == (undisturbed/"model.safetensors").read_bytes()
+    assert read_json(resumed/"bridge.json")["curve"] == read_json(undisturbed/"bridge.json")["curve"]
+    assert sorted(p.name for p in resumed.iterdir() if p.suffix != ".part") == ["bridge.json", "model.safetensors"]
 
 
 def test_mixup_zero_is_no_mixup_and_mixup_changes_training(synthetic):

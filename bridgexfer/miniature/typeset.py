@@ -10,7 +10,6 @@ __all__ = ['WEB_FONTS', 'HELD_OUT_FONTS', 'DIGITS', 'GREEK', 'LATIN', 'WEB', 'CA
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ HELD_OUT_FONTS = ("DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "DejaVuSansMon
 
 def font_path(font: str) -> Path: # the file of a font, by its name without ending
     "The path of a font that matplotlib ships."
+    import matplotlib # here, because few need a glyph
     return Path(matplotlib.get_data_path())/"fonts"/"ttf"/f"{font}.ttf"
 
 # %% ../../nbs/miniature/00_typeset.ipynb #d23c33c8
