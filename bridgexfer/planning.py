@@ -87,12 +87,15 @@ def _tuning(s, archs) -> list: # of (arch, Run, learning rate): what `make tune`
 
 def work_of(settings, # of a profile
             targets: dict, # name -> Target, from `targets_of`
+           shared: bool = True, # False: every run generates its own images, learns its own tokens and trains its own bridge
            ) -> list: # of Work, sweep by sweep
     "All the work of a profile."
-    s, count, found = settings, Counter(settings), {}
+    s, memory, found = settings, Counter(settings), {}
     def add(sweep, job, of, about, kind, n):
         if n: found.setdefault((sweep, job, of, kind), {}).setdefault(about, []).append(n)
     def book(sweep, arch, run, target, lr=0., train=True):
+        if not shared and not memory.first("asked", target.name, arch, run, lr, train): return # two figures that need a run share it even so
+        count = memory if shared else Counter(s) # a new one has seen nothing
         add(sweep, "invert", s.model, (target.name, run.synthesis), "steps", count.steps(run, target))
         add(sweep, "generate", s.model, (count.set_key(run, target)[0], run.synthesis), "images", count.images(run, target))
         if train: add(sweep, "transfer", arch, target.name, "passes", count.passes(run, target, arch, lr))
