@@ -81,15 +81,19 @@ readme: $(STAMP) ## write README.md from nbs/index.ipynb
 	@$(RUN) python docs/readme.py
 
 # What a machine measures: at miniature scale on a CPU, at the models' own sizes on a GPU.
-cpu_generation  = -p images 64 -p batch 64 -p steps 25 -p rounds 3
-cuda_generation = -p model sd15 -p device cuda -p precisions bfloat16 -p images 32 -p batch 16 -p steps 50 -p rounds 3
+cpu_generation       = -p images 64 -p batch 64 -p steps 25 -p rounds 3
+cuda_generation      = -p model sd15 -p device cuda -p precisions bfloat16 -p images 32 -p batch 16 -p steps 50 -p rounds 3
 cpu_style_inversion  = -p steps 20 -p images 256 -p rounds 5
 cuda_style_inversion = -p model sd15 -p device cuda -p precision bfloat16 -p side 512 -p batch 4 -p images 64 -p steps 20 -p rounds 5
-cpu_finetuning  = -p shapes "mini_resnet10@32 mini_resnet18@64 resnet18@64" -p images 256 -p batch 64 -p rounds 5 -p workers 2
-cuda_finetuning = -p shapes "resnet18@224 vit_base@224" -p device cuda -p images 12800 -p batch 64 -p rounds 3 -p workers 16
-cpu_sharing      = -p part miniature -p rounds 2
-cpu_two_commands = -p commands "study; study" -p environment new
-cuda_two_commands = $(cpu_two_commands)
+cpu_finetuning       = -p shapes "mini_resnet10@32 mini_resnet18@64 resnet18@64" -p images 256 -p batch 64 -p rounds 5 -p workers 2 -p seeds 5 -p epochs 15
+cuda_finetuning      = -p shapes "resnet18@224 vit_base@224" -p device cuda -p images 12800 -p batch 64 -p rounds 3 -p workers 16
+cpu_sharing          = -p part miniature -p rounds 2
+cpu_two_commands     = -p commands "study; study" -p environment new
+cuda_two_commands    = $(cpu_two_commands)
+cpu_scores           = -p images 898 -p heads 30 -p epochs 20 -p leep_size "20000 1000 200" -p feature_size "5000 512 100" -p rounds 3
+cuda_scores          = $(cpu_scores) -p device cuda
+cpu_growth           = -p per_class "20 200 1000 3000" -p classes "20 100 400" -p side 256 -p read "400 800 1600 3200" -p limit 250 -p profiles "miniature evening paper" \
+  -p listed "1 3 6" -p listed_size "400 2500" -p scored "2000 6000 20000" -p sources 1000
 bench = @mkdir -p runs/benchmarks && $(RUN) papermill --engine ipc --log-output nbs/benchmarks/$(1).ipynb runs/benchmarks/$(1).ipynb -p out "$(CURDIR)/figures" $($(strip $(DEVICE))_$(1))
 
 cost: $(STAMP) ## time `make study` in a fresh clone of the last commit, see where its time goes, and take over its figures (12 minutes)
@@ -99,7 +103,9 @@ bench: $(STAMP) ## ours beside what others do, in turn: figures/benchmarks.csv (
 	$(call bench,generation)
 	$(call bench,style_inversion)
 	$(call bench,finetuning)
+	$(call bench,scores)
 	$(if $(filter cpu,$(strip $(DEVICE))),$(call bench,sharing))
+	$(if $(filter cpu,$(strip $(DEVICE))),$(call bench,growth))
 
 # The sizes stand in settings.ini, section [weights].
 size  = $(shell sed -n 's/^$(1)  *= *\([0-9]*\).*/\1/p' settings.ini)

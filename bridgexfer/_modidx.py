@@ -509,6 +509,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'bridgexfer/synthetic_sets.py'),
                                            'bridgexfer.synthetic_sets.SyntheticSet.per_class': ( 'synthetic_sets.html#syntheticset.per_class',
                                                                                                  'bridgexfer/synthetic_sets.py'),
+                                           'bridgexfer.synthetic_sets.SyntheticSet.shards': ( 'synthetic_sets.html#syntheticset.shards',
+                                                                                              'bridgexfer/synthetic_sets.py'),
                                            'bridgexfer.synthetic_sets.SyntheticSet.table': ( 'synthetic_sets.html#syntheticset.table',
                                                                                              'bridgexfer/synthetic_sets.py'),
                                            'bridgexfer.synthetic_sets.SyntheticSet.verify': ( 'synthetic_sets.html#syntheticset.verify',

@@ -68,17 +68,18 @@ def benchmark_row(work: str, # what was done
                 ratio_max=turns.ratio.max(), aim=aim, rounds=len(turns), machine=machine(device), versions=versions(packages))
 
 # %% ../nbs/24_benchmarks.ipynb #572ad05a
-SAME = ["work", "peer", "machine"] # what makes two rows the same comparison
+SAME = ("work", "peer", "machine") # what makes two rows the same comparison
 
-def save_rows(rows: list, # of dicts with the columns of `SAME`
+def save_rows(rows: list, # of dicts with the columns of `same`
               folder: str | Path, # that holds the table
               name: str = "benchmarks", # of the file, without ending
+              same: tuple = SAME, # columns in which a row equals the one that it replaces; the machine is the last
              ) -> pd.DataFrame: # the whole table
     "Put rows into a table on the disk, in the place of older ones of the same comparisons."
-    path, new = Path(folder)/f"{name}.csv", pd.DataFrame(rows)
+    path, new, same = Path(folder)/f"{name}.csv", pd.DataFrame(rows), list(same)
     old = pd.read_csv(path) if path.exists() else new.iloc[:0]
-    kept = old[~old[SAME].apply(tuple, axis=1).isin(set(new[SAME].apply(tuple, axis=1)))] if len(old) else old
-    table = (pd.concat([kept, new]) if len(kept) else new).sort_values(["machine", "work", "peer"], kind="stable", ignore_index=True)
+    kept = old[~old[same].apply(tuple, axis=1).isin(set(new[same].apply(tuple, axis=1)))] if len(old) else old
+    table = (pd.concat([kept, new]) if len(kept) else new).sort_values([same[-1], *same[:-1]], kind="stable", ignore_index=True)
     with atomic(path) as part: table.to_csv(part, index=False, float_format="%.4g", lineterminator="\n")
     return table
 

@@ -11,6 +11,7 @@ __all__ = ['COLUMNS', 'ANOTHER', 'MEMORY', 'CARD', 'CAVEATS', 'image_file', 'sha
 
 # %% ../nbs/05_synthetic_sets.ipynb #c588b2e1
 import hashlib, io, json, random, re, time, unicodedata
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import ceil, prod
 from pathlib import Path
@@ -296,10 +297,13 @@ class SyntheticSet:
 
     def table(self, per_class: int | None = None) -> pa.Table: # per_class × classes rows, by index and then by class
         "The first images of each class as they are stored; all of them by default."
-        n = self._count(per_class)
         meta = shard_schema(self.spec, 0).metadata
-        shards = [read_shard(shard_path(self.folder, k)).replace_schema_metadata() for k in range(ceil(n / self.spec.shard))]
-        return pa.concat_tables(shards).slice(0, n * len(self.spec.names)).replace_schema_metadata({"huggingface": meta[b"huggingface"]})
+        return pa.concat_tables(self.shards(per_class)).replace_schema_metadata({"huggingface": meta[b"huggingface"]})
+
+    def shards(self, per_class: int | None = None) -> Iterator: # of tables: the rows of `table`, one shard in memory at a time
+        "The first images of each class as they are stored, shard by shard."
+        n, size = self._count(per_class), self.spec.shard
+        for k in range(ceil(n / size)): yield read_shard(shard_path(self.folder, k)).replace_schema_metadata().slice(0, min(size, n - k * size) * len(self.spec.names))
 
     def images(self, per_class: int | None = None, # images of each class; None: all
                memory: int = MEMORY, # bytes of pixels that are held in memory; more are mapped from the disk
@@ -319,7 +323,7 @@ class SyntheticSet:
 
     def export(self, folder: str | Path, per_class: int | None = None) -> Path:
         "Write image files into one folder per class, the layout of torchvision's ImageFolder."
-        return export_folders(self.table(per_class), self.spec.names, self.spec.format, Path(folder))
+        return export_folders(self.shards(per_class), self.spec.names, self.spec.format, Path(folder))
 
 # %% ../nbs/05_synthetic_sets.ipynb #164efbfa
 CARD = "README.md"
@@ -393,20 +397,20 @@ def slug(label: int, name: str, digits: int = 3) -> str: # such as "001-f-a-18"
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
     return "-".join(filter(None, [f"{label:0{digits}d}", re.sub("[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-")]))
 
-def export_folders(table: pa.Table, # of `SyntheticSet.table`
+def export_folders(tables: Iterable, # of `SyntheticSet.shards`
                    names: tuple, # class names, by label
                    suffix: str, # of the files, such as "png"
                    folder: Path, # that receives them; new or empty
                   ) -> Path: # the folder again
-    "Write each image of a table into its class's folder."
+    "Write each image of some tables into its class's folder."
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise FileExistsError(f"{folder} is not an empty folder: export into a new one.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as tmp:
         part, digits = Path(tmp)/"export", max(3, len(str(len(names) - 1))) # renamed when whole
         classes = [part/slug(label, name, digits) for label, name in enumerate(names)]
         for c in classes: c.mkdir(parents=True)
-        for file, label, index in zip(image_files(table), table["label"].to_pylist(), table["index"].to_pylist()):
-            (classes[label]/f"{index:06d}.{suffix}").write_bytes(file)
+        for table in tables:
+            for file, label, index in zip(image_files(table), table["label"].to_pylist(), table["index"].to_pylist()): (classes[label]/f"{index:06d}.{suffix}").write_bytes(file)
         if folder.exists(): folder.rmdir()
         part.rename(folder)
     return folder
