@@ -12,7 +12,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from bridgexfer.artefacts import PACKAGE, code_hash, digest, read_json, stable_hash
 from bridgexfer.datasets import dataset_info
-from bridgexfer.orchestration import StudyRunning, begin, failures, summary
+from bridgexfer.orchestration import StudyRunning, begin, failures, failures_text
 from bridgexfer.records import job_name, job_path, write_job
 from bridgexfer.settings import load_settings
 from bridgexfer.sweeps import SWEEPS, archs_of, datasets_of, groups_of, parts_of, runs_of, sets_of
@@ -139,7 +139,7 @@ onstart: # not in a dry run
     Path(RUNS, "notebooks").mkdir(parents=True, exist_ok=True)
 
 onerror: # one line of cause for each job that failed
-    print(summary(failures(RUNS, BEGAN)), file=sys.stderr)
+    print(failures_text(failures(RUNS, BEGAN)), file=sys.stderr)
 
 wildcard_constraints:
     set="|".join(map(re.escape, SETS)),

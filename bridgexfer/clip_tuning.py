@@ -33,7 +33,7 @@ class Clip:
     model: "CLIPModel"
     tokenizer: "CLIPTokenizer"
     processor: "CLIPImageProcessor"
-    weights: str # digest of its folder, or "id@revision"
+    weights: str # digest of its folder, or "id@commit"
 
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from .artefacts import as_dict, atomic, canonical, provenance, read_json, spec_hash, stable_hash, write_json
 from .datasets import Images, Parts, decode_into, mapped
-from .generation import VERSION, SynthesisSpec, find_weights, licence_of, load_pipeline, load_token, plan, sample
+from .generation import SYNTHESIS_VERSION, SynthesisSpec, find_weights, licence_of, load_pipeline, load_token, plan, sample
 
 # %% ../nbs/05_synthetic_sets.ipynb #b607b525
 def image_file(image: np.ndarray, # (side, side, 3) uint8
@@ -176,7 +176,7 @@ def ready(spec: SynthesisSpec, # the set
           reference: Images | None = None, # the real images that the spec names
          ): # a pipeline
     "The pipeline that draws a set, if this is the method, the model and the real images of its spec."
-    if spec.version != VERSION: raise ValueError(f"{folder} was made by version {spec.version} of the method, this is version {VERSION}: make a new set.")
+    if spec.version != SYNTHESIS_VERSION: raise ValueError(f"{folder} was made by version {spec.version} of the method, this is version {SYNTHESIS_VERSION}: make a new set.")
     check_reference(spec, reference)
     if pipe is None:
         if (now := find_weights(spec.model)) != spec.weights:

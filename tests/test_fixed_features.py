@@ -16,7 +16,7 @@ from bridgexfer.finetune import FinetuneSpec, NonFiniteLoss
 from bridgexfer.fixed_features import (FIXED_PIPELINES, FeatureSpec, FixedSpec, Head, HeadSpec, cached_features, fixed_spec, fixed_transfer, head_of,
                                        head_predict, train_heads)
 from bridgexfer.miniature.typeset import DIGITS, corpus
-from bridgexfer.records import plain
+from bridgexfer.records import json_values
 from bridgexfer.transfer import BridgeSpec, TransferSpec, load_bridge, make_bridge, start_of
 
 ARCH = "mini_resnet10"
@@ -157,7 +157,7 @@ def test_a_result_has_what_the_statistics_need(data, spec, tmp_path):
     results = fixed_transfer([replace(spec, seed=s, epochs=20) for s in (0, 1)], *data, tmp_path)
     for r in results:
         assert r["labels"] == data[1].labels.tolist() and r["accuracy"] == np.mean(np.equal(r["predictions"], r["labels"])) > 0.5
-        assert json.loads(json.dumps(plain(r), allow_nan=False)) == r
+        assert json.loads(json.dumps(json_values(r), allow_nan=False)) == r
     assert results[0]["curve"] != results[1]["curve"]
     [per_class] = fixed_transfer([replace(spec, metric="mean_per_class")], *data, tmp_path)
     guesses, labels = np.array(per_class["predictions"]), data[1].labels

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from bridgexfer.datasets import PIXEL_LIMIT, TooLarge, dataset_info, folder_files, load_dataset, open_image, read_image, upright
-from bridgexfer.folders import KINDS, check_folder, contact_sheet
+from bridgexfer.folders import FINDINGS, check_folder, contact_sheet
 
 
 def noise(seed, height=40, width=50):
@@ -53,7 +53,7 @@ def unsplit(tmp_path):
 
 def found(folder, **kwargs): # {(kind, file)}
     report = check_folder(folder, progress=False, **kwargs)
-    assert report.ok == (not any(KINDS[k] == "error" for k in report.findings["kind"]))
+    assert report.ok == (not any(FINDINGS[k] == "error" for k in report.findings["kind"]))
     return set(report.findings[["kind", "file"]].itertuples(index=False, name=None))
 
 
@@ -335,7 +335,7 @@ def test_a_file_of_each_kind(folder, kind):
     write(folder/"train"/"owl"/name)
     rows = check_folder(folder).findings
     row = rows[rows["kind"] == kind].iloc[0]
-    assert row[["file", "class", "split", "level"]].tolist() == [f"train/owl/{name}", "owl", "train", KINDS[kind]] and str(folder) not in row["text"]
+    assert row[["file", "class", "split", "level"]].tolist() == [f"train/owl/{name}", "owl", "train", FINDINGS[kind]] and str(folder) not in row["text"]
     assert set(rows["kind"]) <= {kind, *({"palette"} if kind == "frames" else {"16 bits"} if kind == "dark" else ())}
     if kind in ("unreadable", "too large"): # the reader agrees
         with pytest.raises(ValueError, match=name): load_dataset(str(folder))
@@ -431,7 +431,7 @@ def test_the_report_as_text_table_and_json(folder, tmp_path):
     assert report.findings.equals(pd.read_csv(tmp_path/"out"/"findings.csv", keep_default_na=False))
     values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert not values["ok"] and len(values["findings"]) == 5 and values["classes"][0] == {"folder": "owl", "name": "owl", "train": 3, "test": 3}
-    assert [*KINDS] == sorted(KINDS, key=lambda k: ("error", "warning", "note").index(KINDS[k]))
+    assert [*FINDINGS] == sorted(FINDINGS, key=lambda k: ("error", "warning", "note").index(FINDINGS[k]))
 
 
 def test_progress_says_how_fast(folder, capsys, monkeypatch):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from bridgexfer.artefacts import as_dict, spec_hash, write_json
 from bridgexfer.datasets import as_images, few_shot, load_dataset
-from bridgexfer.generation import SynthesisSpec, embed, encode, load_pipeline, load_token, make_scheduler, plan, sample, synthesis_spec
+from bridgexfer.generation import SynthesisSpec, embed, encode, find_weights, load_pipeline, load_token, make_scheduler, plan, sample, synthesis_spec
 from bridgexfer.synthetic_sets import SyntheticSet, claim, damage, generate, read_spec, reference_of, shard_path, shard_rows, verify_set
 from diffusers.utils import torch_utils
 from PIL import Image
@@ -618,6 +618,23 @@ def test_absent_models(model, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="someone/something.* cache .*HF_HUB_OFFLINE is set") as e:
         load_pipeline("someone/something@v1")
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_a_branch_is_recorded_as_its_commit(tmp_path, monkeypatch):
+    cache, old, new = tmp_path/"models--someone--something", "0" * 39 + "a", "0" * 39 + "b"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for commit in (old, new):
+        (cache/"snapshots"/commit).mkdir(parents=True)
+        for file in ("model_index.json", "config.json"): (cache/"snapshots"/commit/file).write_text("{}")
+    (cache/"refs").mkdir()
+    for commit in (old, new):
+        (cache/"refs"/"main").write_text(commit)
+        assert {find_weights(m, k) for m in ("someone/something", "someone/something@main") for k in ("pipeline", "clip")} == {f"someone/something@{commit}"}
+        assert synthesis_spec("someone/something", DIGITS).weights.endswith(commit)
+    assert find_weights(f"someone/something@{old}") == f"someone/something@{old}"
+    with pytest.raises(OSError, match="which commit someone/something@v1 is: .*name the commit") as e: find_weights("someone/something@v1")
     assert len(str(e.value).splitlines()) == 1
 
 

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from bridgexfer.planning import H100, SD15, Counter, Rate, Rates, Target, Work, plan, show_plan, targets_of, work_of
+from bridgexfer.planning import H100, SD15, Counter, Rate, Rates, Target, Work, costs, show_plan, targets_of, work_of
 from bridgexfer.settings import load_settings
 from bridgexfer.sweeps import SWEEPS, groups_of, datasets_of, runs_of, sets_of
 from bridgexfer.transfer import Run
@@ -61,7 +61,7 @@ def test_bridges_are_trained_once_for_each_kind():
 
 
 def test_hours_are_amount_over_rate():
-    table = plan([Work("core", "generate", SD15, images=4700), Work("core", "transfer", "resnet18", passes=36_000_000)], H100)
+    table = costs([Work("core", "generate", SD15, images=4700), Work("core", "transfer", "resnet18", passes=36_000_000)], H100)
     assert table.hours.tolist() == pytest.approx([1000 / 3600, 1.0]) and table.gigabytes.tolist() == pytest.approx([4700 * 32e3 / 1e9, 0])
     assert table.source.str.match("measured|projected|assumed").all()
 
@@ -69,7 +69,7 @@ def test_hours_are_amount_over_rate():
 def test_what_has_no_rate_is_named():
     work = [Work("core", "generate", "sd", images=10), Work("core", "transfer", "net", passes=10)]
     rates = Rates("box", (Rate("generate", "sd", 2.0, "measured"),), 1e3, "measured")
-    assert "Without transfer with net: there is no rate for it" in show_plan(plan(work, rates), rates)
+    assert "Without transfer with net: there is no rate for it" in show_plan(costs(work, rates), rates)
 
 
 def test_the_plan_of_the_paper_is_made_in_seconds():
@@ -84,6 +84,6 @@ def test_the_papers_targets():
     ten = targets_of(load_settings("paper"))
     assert len(ten) == 10 and ten["cars"].classes == 196 and ten["dogs"].classes == 120 and ten["sun397"].train == 19850
     core = 1000 * sum(t.classes for t in ten.values())
-    assert core == 1_401_000 and plan([Work("core", "generate", SD15, images=core)], H100).hours.item() == pytest.approx(83, abs=1)
+    assert core == 1_401_000 and costs([Work("core", "generate", SD15, images=core)], H100).hours.item() == pytest.approx(83, abs=1)
     s = load_settings("paper")
     assert {r.per_class for r in runs_of(s, "volume", "aircraft") if r.uses} == {500, 1000, 1500, 2000, 2500, 3000}
