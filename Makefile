@@ -98,7 +98,7 @@ cpu_growth  = -p per_class "20 200 1000 3000" -p classes "20 100 400" -p side 25
 cuda_growth = $(cpu_growth) # none of it runs on a GPU
 bench = @mkdir -p runs/benchmarks && $(RUN) papermill --engine ipc --log-output nbs/benchmarks/$(1).ipynb runs/benchmarks/$(1).ipynb -p out "$(CURDIR)/figures" $($(strip $(DEVICE))_$(1))
 
-bench: $(STAMP) ## ours beside what others do, in turn: figures/benchmarks.csv (15 minutes on two cores); on a GPU at full size with DEVICE=cuda
+bench: $(STAMP) ## ours beside what others do, in turn, and how time and memory grow: figures/{benchmarks,growth}.csv (25 minutes on two cores); on a GPU at full size with DEVICE=cuda
 	$(call bench,generation)
 	$(call bench,style_inversion)
 	$(call bench,finetuning)
