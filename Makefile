@@ -99,7 +99,7 @@ bench = @mkdir -p runs/benchmarks && $(RUN) papermill --engine ipc --log-output 
 cost: $(STAMP) ## time `make study` in a fresh clone of the last commit, see where its time goes, and take over its figures (12 minutes)
 	$(call bench,two_commands)
 
-bench: $(STAMP) ## ours beside what others do, in turn, and how time and memory grow: figures/benchmarks.csv, growth.csv (30 minutes on two cores); on a GPU at full size with DEVICE=cuda
+bench: $(STAMP) ## ours beside what others do, in turn, and how time and memory grow: figures/benchmarks.csv, growth.csv (25 minutes on two cores); on a GPU at full size with DEVICE=cuda
 	$(call bench,generation)
 	$(call bench,style_inversion)
 	$(call bench,finetuning)
