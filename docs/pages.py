@@ -1,6 +1,7 @@
 """Turn the notebooks into pages for Sphinx, in _pages: `python docs/pages.py`, which `make docs` calls first. Sphinx runs those that are to be run (docs/conf.py)."""
 import ast, inspect, re, subprocess
 from functools import cache
+from html import escape
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 from fastcore.docments import MarkdownRenderer
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from pandas.api.types import is_string_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, FIGURES, PAGES = ROOT/"nbs", ROOT/"figures", ROOT/"_pages" # beside nbs: what a notebook finds from there, its page finds too
@@ -61,14 +63,16 @@ def folded(cells: list) -> list: # code that is not run here is not what one com
 
 # ---- tables and figures, from the files that are committed
 
-def table(frame: pd.DataFrame) -> str: # HTML
-    return f'<div class="wide">{frame.to_html(index=False, border=0, na_rep="", float_format="{:.4g}".format)}</div>'
+def table(frame: pd.DataFrame, rows: int | None = None) -> str: # HTML of the first rows; words that are the same in all are said once, below
+    same = [c for c in frame if len(frame) > 3 and is_string_dtype(frame[c]) and frame[c].nunique(dropna=False) == 1]
+    once = escape("; ".join(f"{c}: {frame[c].iloc[0]}" for c in same))
+    return f'<div class="wide">{frame.drop(columns=same).head(rows).to_html(index=False, border=0, na_rep="", float_format="{:.4g}".format)}</div>' + (f"<p>In every row, {once}</p>" if same else "")
 
 def tables(files: list) -> str: # Markdown
     parts = []
     for f in files:
         frame = pd.read_csv(f)
-        parts.append(f"{f'The first 40 of {len(frame)} rows of' if len(frame) > 40 else ''} [`{f.name}`](/../{f.relative_to(ROOT)}):\n\n{table(frame.head(40))}".strip())
+        parts.append(f"{f'The first 40 of {len(frame)} rows of' if len(frame) > 40 else ''} [`{f.name}`](/../{f.relative_to(ROOT)}):\n\n{table(frame, 40)}".strip())
     return "\n\n".join(parts)
 
 def measured(path: Path) -> list: # Markdown cells: what the last whole run measured, what the paper prints
