@@ -89,13 +89,13 @@ cpu_finetuning       = -p shapes "mini_resnet10@32 mini_resnet18@64 resnet18@64"
 cuda_finetuning      = -p shapes "resnet18@224 vit_base@224" -p device cuda -p images 12800 -p batch 64 -p rounds 3 -p workers 16
 cpu_sharing          = -p part miniature -p rounds 2
 cpu_two_commands     = -p commands "study; study" -p environment new
-cuda_two_commands    = $(cpu_two_commands)
 cpu_scores           = -p images 898 -p heads 30 -p epochs 20 -p leep_size "20000 1000 200" -p feature_size "5000 512 100" -p rounds 3
 cuda_scores          = $(cpu_scores) -p device cuda
 cpu_growth           = -p per_class "20 200 1000 3000" -p classes "20 100 400" -p side 256 -p read "400 800 1600 3200" -p limit 250 -p profiles "miniature evening paper" \
   -p listed "1 3 6" -p listed_size "400 2500" -p scored "2000 6000 20000" -p sources 1000
 bench = @mkdir -p runs/benchmarks && $(RUN) papermill --engine ipc --log-output nbs/benchmarks/$(1).ipynb runs/benchmarks/$(1).ipynb -p out "$(CURDIR)/figures" $($(strip $(DEVICE))_$(1))
 
+cost: override DEVICE = cpu
 cost: $(STAMP) ## time `make study` in a fresh clone of the last commit, see where its time goes, and take over its figures (12 minutes)
 	$(call bench,two_commands)
 
