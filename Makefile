@@ -36,7 +36,7 @@ env: $(STAMP) ## the environment in .venv, from requirements.lock; made once, an
 
 study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10
 	@$(WORKFLOW) study $(WITH)
-	@$(RUN) python -c 'import os; from bridgexfer.records import show_table; from bridgexfer.settings import load_settings; \
+	@$(RUN) python -c 'import os; from bridgexfer.study.records import show_table; from bridgexfer.study.settings import load_settings; \
 	  figures = os.path.relpath(load_settings("$(strip $(PROFILE))", figures="$(if $(NARROW),runs/figures)").figures_dir); \
 	  print(); print(show_table(f"{figures}/tab2_pipelines.csv")); print(f"\nTables and figures: {figures}")'
 
@@ -44,11 +44,11 @@ paper: $(STAMP) ## every table and figure, and the controls (90 minutes on two c
 	@$(WORKFLOW) paper $(WITH)
 
 plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk, as in: make plan PROFILE=paper
-	@$(RUN) python -c 'import sys; from bridgexfer.planning import plan_text; from bridgexfer.settings import load_settings; \
+	@$(RUN) python -c 'import sys; from bridgexfer.study.costs import plan_text; from bridgexfer.study.settings import load_settings; \
 	  print(plan_text(load_settings(**dict(word.split("=", 1) for word in sys.argv[1:]))))' $(CONFIG)
 
 provenance: $(STAMP) ## from a number back to its runs, notebooks and commands: make provenance RESULT="tab2_pipelines digits bridged_pp shots=0"
-	@$(RUN) python -c 'import sys; from bridgexfer.origins import show; sys.exit(show(*sys.argv[1:]))' '$(strip $(RESULT))' '$(strip $(PROFILE))'
+	@$(RUN) python -c 'import sys; from bridgexfer.study.provenance import show; sys.exit(show(*sys.argv[1:]))' '$(strip $(RESULT))' '$(strip $(PROFILE))'
 
 tune: $(STAMP) ## choose the learning rates on validation data: Table 5, which `make study` reads
 	@$(WORKFLOW) learning_rates $(WITH)
@@ -84,14 +84,14 @@ readme: $(STAMP) ## write README.md from nbs/index.ipynb
 cpu_generation       = -p images 64 -p batch 64 -p steps 25 -p rounds 3
 cuda_generation      = -p model sd15 -p device cuda -p precisions bfloat16 -p images 32 -p batch 16 -p steps 50 -p rounds 3
 cpu_style_inversion  = -p steps 20 -p images 256 -p rounds 5
-cuda_style_inversion = -p model sd15 -p device cuda -p precision bfloat16 -p side 512 -p batch 4 -p images 64 -p steps 20 -p rounds 5
+cuda_style_inversion = -p model sd15 -p device cuda -p precision bfloat16 -p size 512 -p batch 4 -p images 64 -p steps 20 -p rounds 5
 cpu_finetuning       = -p shapes "mini_resnet10@32 mini_resnet18@64 resnet18@64" -p images 256 -p batch 64 -p rounds 5 -p workers 2 -p seeds 5 -p epochs 15
 cuda_finetuning      = -p shapes "resnet18@224 vit_base@224" -p device cuda -p images 12800 -p batch 64 -p rounds 3 -p workers 16
 cpu_sharing          = -p part miniature -p rounds 2
 cpu_two_commands     = -p commands "study; study" -p environment new
 cpu_scores           = -p images 898 -p heads 30 -p epochs 20 -p leep_size "20000 1000 200" -p feature_size "5000 512 100" -p rounds 3
 cuda_scores          = $(cpu_scores) -p device cuda
-cpu_growth           = -p per_class "20 200 1000 3000" -p classes "20 100 400" -p side 256 -p read "400 800 1600 3200" -p limit 250 -p profiles "miniature evening paper" \
+cpu_growth           = -p per_class "20 200 1000 3000" -p classes "20 100 400" -p size 256 -p read "400 800 1600 3200" -p limit 250 -p profiles "miniature evening paper" \
   -p listed "1 3 6" -p listed_size "400 2500" -p scored "2000 6000 20000" -p sources 1000
 bench = @mkdir -p runs/benchmarks && $(RUN) papermill --engine ipc --log-output nbs/benchmarks/$(1).ipynb runs/benchmarks/$(1).ipynb -p out "$(CURDIR)/figures" $($(strip $(DEVICE))_$(1))
 

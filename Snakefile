@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from bridgexfer.artefacts import PACKAGE, code_hash, digest, read_json, stable_hash
-from bridgexfer.datasets import dataset_info
-from bridgexfer.orchestration import StudyRunning, begin, failures, failures_text
-from bridgexfer.records import job_name, job_path, write_job
-from bridgexfer.settings import load_settings
-from bridgexfer.sweeps import SWEEPS, archs_of, datasets_of, groups_of, parts_of, runs_of, sets_of
+from bridgexfer.data.registry import dataset_info
+from bridgexfer.study.workflow import StudyRunning, begin, failures, failures_text
+from bridgexfer.study.records import job_name, job_path, write_job
+from bridgexfer.study.settings import load_settings
+from bridgexfer.study.grid import SWEEPS, archs_of, datasets_of, groups_of, parts_of, runs_of, sets_of
 
 PAPERS = { # notebook of nbs/paper: the kinds of jobs whose results it reads
     "tab1_leep": "transferability", "tab2_pipelines": "core", "fig03_convergence": "core", "fig10_examples": "single",
@@ -69,8 +69,8 @@ def named(source): # every word of some code that is no comment and no prose
 def needs(notebook): # the hash of its code; the settings that it, or a module it imports, names; the shipped weights
     code = "\n".join("".join(c["source"]) for c in json.loads(Path(notebook).read_text())["cells"] if c["cell_type"] == "code")
     modules = set(re.findall(r"^from bridgexfer\.(\S+) import", code, re.M))
-    if "sweeps" in modules: modules.add("generation") # by which it turns settings into specs
-    words = named(code).union(*(named((PACKAGE/f"{m.replace('.', '/')}.py").read_text()) for m in modules if m != "settings"))
+    if "study.grid" in modules: modules.add("generation")
+    words = named(code).union(*(named((PACKAGE/f"{m.replace('.', '/')}.py").read_text()) for m in modules if m != "study.settings"))
     published = digest("figures/published.csv") if "published" in words else ""
     return [code_hash(notebook), published, {k: repr(s.values[k]) for k in sorted(words & set(s.values) - SCOPE)}, digest(PACKAGE/"weights") if MINIATURE else ""]
 

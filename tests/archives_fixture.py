@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bridgexfer.archives import ARCHIVES, CALTECH_SHOTS, Archive, class_sources
+from bridgexfer.data.archives import ARCHIVES, Archive, CALTECH_SHOTS, class_sources
 
 EVEN = {"dtd", "food", "sun397"}  # as many images in each class
 STRAY = (".DS_Store", "Thumbs.db")

@@ -14,7 +14,7 @@ def model():
 @pytest.fixture(scope="session")
 def pipe(model):
     "That pipeline, open."
-    from bridgexfer.generation import load_pipeline
+    from bridgexfer.models import load_pipeline
 
     return load_pipeline(model)
 

@@ -3,8 +3,8 @@ import itertools
 
 import numpy as np
 import pytest
-from bridgexfer.alignment import AlignmentSpec, across, descriptions, evenly, kernel_distance, nearer, within
-from bridgexfer.datasets import as_images
+from bridgexfer.alignment import AlignmentSpec, across, balanced, descriptions, kernel_distance, nearer, within
+from bridgexfer.images import as_images
 from bridgexfer.generation import SynthesisSpec
 
 
@@ -55,16 +55,16 @@ def pictures(labels, names=("a", "b")): return as_images(np.arange(len(labels) *
 
 def test_evenly_takes_the_same_number_of_each_class():
     skewed = pictures([0] * 9 + [1] * 3)
-    assert np.bincount(evenly(skewed, 100).labels).tolist() == [3, 3] and len(evenly(skewed, 5)) == 4 and len(evenly(skewed, 1)) == 2
-    assert evenly(skewed, 4).digest == evenly(skewed, 4).digest
-    with pytest.raises(ValueError, match="no image of 'b'"): evenly(pictures([0, 0]), 2)
+    assert np.bincount(balanced(skewed, 100).labels).tolist() == [3, 3] and len(balanced(skewed, 5)) == 4 and len(balanced(skewed, 1)) == 2
+    assert balanced(skewed, 4).digest == balanced(skewed, 4).digest
+    with pytest.raises(ValueError, match="no image of 'b'"): balanced(pictures([0, 0]), 2)
 
 
 def test_images_are_described_as_their_set_would_ask_for_them():
     images = pictures([0, 1, 1])
     how = SynthesisSpec(("a", "b"), "w", templates="style", style="<s>")
     assert descriptions(how, images, 0) == ["a a photo in the style of <s>", *["a b photo in the style of <s>"] * 2]
-    plain = SynthesisSpec(("a", "b"), "w", words=("<x>", "<y>"))
+    plain = SynthesisSpec(("a", "b"), "w", class_words=("<x>", "<y>"))
     assert [("<x>" in p, "<y>" in p) for p in descriptions(plain, images, 0)] == [(True, False), (False, True), (False, True)]
     assert descriptions(plain, images.take(np.array([1])), 0) == descriptions(plain, images, 0)[1:2]  # hangs on the row, not on the position
     with pytest.raises(ValueError, match="those of one dataset"): descriptions(SynthesisSpec(("c", "d"), "w"), images, 0)

@@ -19,8 +19,8 @@ import pytest
 from scipy.io import loadmat, savemat
 
 from archives_fixture import write_archive
-from bridgexfer.archives import (ARCHIVES, CALTECH_SHOTS, LISTERS, File, archive_table, archive_text, class_names, class_sources, download, extract, fetch, find_archive,
-                                 how_to_get, list_archive)
+from bridgexfer.data.archives import ARCHIVES, CALTECH_SHOTS, File, LISTERS, archive_table, archive_text, class_names
+from bridgexfer.data.archives import class_sources, download, extract, fetch, find_archive, how_to_get, list_archive
 
 ANT = [3, 6, 8, 10, 12, 13, 18, 24, 32, 34, 37, 42]  # the images of `ant` that the draw leaves for test, if the class has 42
 PUBLISHED = dict(aircraft=(100, 6667, 3333), caltech101=(101, 3030, 5647), cars=(196, 8144, 8041), cub=(200, 5994, 5794), dtd=(47, 3760, 1880),
@@ -302,7 +302,7 @@ def test_the_table_says_yes_to_what_is_complete(full):
 
 
 def test_the_module_is_light():
-    code = "import sys, bridgexfer.archives; print(sorted({'torch', 'torchvision', 'numpy', 'scipy', 'pandas', 'PIL'} & set(sys.modules)))"
+    code = "import sys, bridgexfer.data.archives; print(sorted({'torch', 'torchvision', 'numpy', 'scipy', 'pandas', 'PIL'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
     assert done.stdout.strip() == "[]", done.stderr
 

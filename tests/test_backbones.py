@@ -5,8 +5,9 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from bridgexfer.backbones import ARCHS, backbone, create_backbone, features, reset_head, untrained
-from bridgexfer.datasets import as_images
+from bridgexfer.backbones import ARCHS, backbone, create_backbone, reset_head, untrained
+from bridgexfer.evaluation import features
+from bridgexfer.images import as_images
 
 TINY = ("test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_nfnet", "test_byobnet") # timm's own small models, of unlike build
 
@@ -28,7 +29,7 @@ def test_the_papers_architectures_have_a_stated_tag_that_timm_knows():
     for arch in ("resnet18", "resnet50", "vit_base", "vit_large"):
         b, cfg = backbone(arch), timm.get_pretrained_cfg(ARCHS[arch].timm_name)
         assert "." in b.timm_name and b.why and not b.shipped
-        assert cfg.hf_hub_id and (cfg.num_classes, cfg.input_size[-1]) == (b.source_classes, b.side) == (1000, 224)
+        assert cfg.hf_hub_id and (cfg.num_classes, cfg.input_size[-1]) == (b.source_classes, b.size) == (1000, 224)
     assert backbone("vit_base").timm_name.split(".")[1] == backbone("vit_large").timm_name.split(".")[1] # one recipe
 
 

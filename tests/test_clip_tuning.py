@@ -12,14 +12,16 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from bridgexfer import clip_tuning
 from bridgexfer.artefacts import PACKAGE, spec_hash
-from bridgexfer.clip_tuning import (CLIP_PIPELINES, ClipSpec, clip_transfer, deal, embed_images, image_embeddings, load_clip, synthetic_loss,
-                                    tune, zero_shot_head)
-from bridgexfer.datasets import as_images, few_shot, load_dataset
+from bridgexfer.clip_tuning import CLIP_PIPELINES, ClipSpec, clip_transfer, deal, embed_images, image_embeddings
+from bridgexfer.clip_tuning import load_clip, synthetic_loss, tune, zero_shot_head
+from bridgexfer.data.registry import load_dataset
+from bridgexfer.datasets import few_shot
+from bridgexfer.images import as_images
 from bridgexfer.finetune import NonFiniteLoss
 from bridgexfer.fixed_features import Head, head_predict
 from bridgexfer.miniature.typeset import DIGITS, corpus
 from bridgexfer.prompts import SINGLE_TEMPLATE
-from bridgexfer.records import json_values
+from bridgexfer.study.records import json_values
 
 FOLDER = PACKAGE/"weights"/"clip"
 
@@ -75,7 +77,7 @@ def test_several_templates_are_averaged_as_directions(clip):
 
 def test_images_of_another_size_are_resized(clip, data):
     "A photograph of 64 pixels is seen whole: nearly the same as the one of 32."
-    large = load_dataset("digits", side=64).test.take(np.arange(60))
+    large = load_dataset("digits", size=64).test.take(np.arange(60))
     z, other = embed_images(clip, data[1]), embed_images(clip, large)
     assert (z * other).sum(1).mean() > 0.95 > (z * other[::-1]).sum(1).mean()
 

@@ -8,7 +8,10 @@ from archives_fixture import write_archive
 from PIL import Image
 
 from bridgexfer import datasets
-from bridgexfer.datasets import DATASETS, as_images, dataset_info, decoded, few_shot, hold_out, load_dataset, measure, read_image, train_size
+from bridgexfer.data.registry import dataset_info, load_dataset, train_size
+from bridgexfer.datasets import DATASETS, few_shot, hold_out
+from bridgexfer.evaluation import accuracy
+from bridgexfer.images import as_images, decoded, read_image
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -50,7 +53,7 @@ def test_mistakes_name_the_choices():
     with pytest.raises(ValueError, match="digits, digits-photo, greek"): dataset_info("mnist")
     with pytest.raises(ValueError, match="choose 1 to 40"): few_shot(load_dataset("greek").train, 41, 0)
     with pytest.raises(ValueError, match="choose 1 to"): few_shot(load_dataset("greek").train, 0, 0)
-    with pytest.raises(ValueError, match="top1, mean_per_class"): measure(np.zeros(2), np.zeros(2), "f1")
+    with pytest.raises(ValueError, match="top1, mean_per_class"): accuracy(np.zeros(2), np.zeros(2), "f1")
 
 
 @pytest.fixture
@@ -63,7 +66,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_of_images(folder):
-    data = load_dataset(str(folder), side=16)
+    data = load_dataset(str(folder), size=16)
     assert data.info.names == ("owl", "red fox") and data.train.pixels.shape == (6, 16, 16, 3)
 
 
@@ -85,7 +88,7 @@ def test_upright_by_exif(tmp_path):
     image = Image.new("RGB", (8, 8)); image.paste((255, 0, 0), (0, 0, 8, 4)) # red above
     exif = Image.Exif(); exif[0x0112] = 3 # to be shown upside down
     image.save(tmp_path/"a.png", exif=exif)
-    from bridgexfer.datasets import read_image
+    from bridgexfer.images import read_image
     assert read_image(tmp_path/"a.png", 8)[7, 0].tolist() == [255, 0, 0]
 
 

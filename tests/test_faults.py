@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from bridgexfer.artefacts import read_json
-from bridgexfer.orchestration import MARK, UUID, cancel_jobs, cause
+from bridgexfer.study.workflow import MARK, UUID, cancel_jobs, cause
 from test_jobs import Clone
 
 SETTINGS = dict(seeds="0", shots="4", style_shots="4", pipelines="vanilla bridged", images="40", steps="3", stage1_epochs="8", few_epochs="30", style_steps="300")

@@ -10,13 +10,16 @@ from torch import nn
 
 from bridgexfer import fixed_features
 from bridgexfer.artefacts import spec_hash, stable_hash
-from bridgexfer.backbones import backbone_digest, create_backbone, features, predict, reset_head
-from bridgexfer.datasets import GLYPHS, as_images, few_shot, load_dataset
+from bridgexfer.backbones import backbone_digest, create_backbone, reset_head
+from bridgexfer.evaluation import features, predict
+from bridgexfer.data.registry import load_dataset
+from bridgexfer.datasets import GLYPHS, few_shot
+from bridgexfer.images import as_images
 from bridgexfer.finetune import FinetuneSpec, NonFiniteLoss
-from bridgexfer.fixed_features import (FIXED_PIPELINES, FeatureSpec, FixedSpec, Head, HeadSpec, cached_features, fixed_spec, fixed_transfer, head_of,
-                                       head_predict, train_heads)
+from bridgexfer.fixed_features import FIXED_PIPELINES, FeatureSpec, FixedSpec, Head, HeadSpec, cached_features
+from bridgexfer.fixed_features import fixed_spec, fixed_transfer, head_of, head_predict, train_heads
 from bridgexfer.miniature.typeset import DIGITS, corpus
-from bridgexfer.records import json_values
+from bridgexfer.study.records import json_values
 from bridgexfer.transfer import BridgeSpec, TransferSpec, load_bridge, make_bridge, start_of
 
 ARCH = "mini_resnet10"

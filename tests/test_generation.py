@@ -15,10 +15,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from bridgexfer.artefacts import as_dict, spec_hash, write_json
-from bridgexfer.datasets import as_images, few_shot, load_dataset
-from bridgexfer.generation import SynthesisSpec, embed, encode, find_weights, load_pipeline, load_token, make_scheduler, plan, sample, synthesis_spec
-from bridgexfer.synthetic_sets import SyntheticSet, claim, damage, generate, read_spec, reference_of, shard_path, shard_rows, verify_set
+from bridgexfer.artefacts import spec_hash, write_json
+from bridgexfer.data.registry import load_dataset
+from bridgexfer.datasets import few_shot
+from bridgexfer.images import as_images
+from bridgexfer.generation import SynthesisSpec, embed, encode, make_scheduler, plan, sample, synthesis_spec
+from bridgexfer.models import find_weights, load_pipeline, load_token
+from bridgexfer.synthetic_sets import SyntheticSet, bind, find_damage, generate, init_images_of, read_spec, shard_path
+from bridgexfer.synthetic_sets import shard_rows, verify_set
 from diffusers.utils import torch_utils
 from PIL import Image
 from safetensors.torch import save_file
@@ -28,7 +32,7 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 
 @pytest.fixture
 def spec(model):
-    return synthesis_spec(model, DIGITS, steps=2, side=32, batch=16, shard=2)
+    return synthesis_spec(model, DIGITS, steps=2, size=32, batch=16, shard=2)
 
 
 @pytest.fixture
@@ -58,7 +62,7 @@ generate(synthesis_spec(model, names, **fields), root, 8, progress=False)
 
 
 def test_kill_and_resume(model, pipe, tmp_path, one_thread):
-    fields = dict(steps=5, side=32, batch=16, shard=2)
+    fields = dict(steps=5, size=32, batch=16, shard=2)
     spec = synthesis_spec(model, DIGITS, **fields)
     command = [sys.executable, "-c", WORKER, json.dumps([model, DIGITS, str(tmp_path / "killed"), fields])]
     worker = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -81,7 +85,8 @@ def test_kill_and_resume(model, pipe, tmp_path, one_thread):
 SHARER = """
 import json, sys, torch
 torch.set_num_threads(1)
-from bridgexfer.generation import load_pipeline, synthesis_spec
+from bridgexfer.generation import synthesis_spec
+from bridgexfer.models import load_pipeline
 from bridgexfer.synthetic_sets import generate
 model, names, root, fields = json.loads(sys.argv[1])
 pipe, spec = load_pipeline(model), synthesis_spec(model, names, **fields)
@@ -93,7 +98,7 @@ print(generate(spec, root, 16, pipe=pipe, progress=False).new)
 
 def test_jobs_share_a_set(model, pipe, tmp_path, one_thread):
     "Three processes started together: the same files as one process makes, few of them twice."
-    fields = dict(steps=3, side=32, batch=10, shard=1)
+    fields = dict(steps=3, size=32, batch=10, shard=1)
     spec = synthesis_spec(model, DIGITS, **fields)
     command = [sys.executable, "-c", SHARER, json.dumps([model, DIGITS, str(tmp_path / "shared"), fields])]
     jobs = [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -123,7 +128,7 @@ def test_prefix(made, spec, pipe):
         assert np.bincount(grown.images(n).labels).tolist() == [n] * 10
 
 
-# ---- damage
+# ---- find_damage
 
 
 def test_truncated_shard(made, spec, pipe):
@@ -150,7 +155,7 @@ def test_flipped_bytes(made, spec):
     noticed = 0
     for at in np.random.default_rng(0).permutation(len(whole))[:150]:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
-        reason = damage(path, spec, 0)
+        reason = find_damage(path, spec, 0)
         noticed += bool(reason)
         assert reason or made.table(2).equals(table), f"byte {at} of {len(whole)}"
     assert noticed > 140
@@ -176,7 +181,7 @@ def test_image_that_matches_its_own_page(made, spec):
 def test_another_spec_is_refused(made, spec, pipe, tmp_path):
     other = replace(spec, guidance=8)
     with pytest.raises(ValueError, match=r"belongs to another spec \(guidance 3.5, not 8.0\)"):
-        claim(made.folder, other)
+        bind(made.folder, other)
     there = tmp_path / "sets" / spec_hash(other)
     shutil.copytree(made.folder, there)  # by hand, under the other's name
     with pytest.raises(ValueError, match="belongs to another spec"):
@@ -189,22 +194,22 @@ def test_another_spec_is_refused(made, spec, pipe, tmp_path):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("weights", "x"), ("steps", 3), ("guidance", 2), ("side", 64), ("stored_side", 16), ("format", "jpeg"), ("seed", 1), ("version", 2),
-     ("precision", "bfloat16"), ("scheduler", "DDIM"), ("names", DIGITS[::-1]), ("shard", 3), ("templates", "style"), ("words", [f"<{n}>" for n in DIGITS]), ("token", "1a2b"), ("reference", "3c4d")],
+    [("weights", "x"), ("steps", 3), ("guidance", 2), ("size", 64), ("stored_size", 16), ("format", "jpeg"), ("seed", 1), ("version", 2),
+     ("precision", "bfloat16"), ("scheduler", "DDIM"), ("names", DIGITS[::-1]), ("shard", 3), ("templates", "style"), ("class_words", [f"<{n}>" for n in DIGITS]), ("token", "1a2b"), ("reference", "3c4d")],
 )  # fmt: skip
 def test_changed_spec_is_another_folder(spec, field, value):
-    extra = {"templates": {"style": "chalk"}, "reference": {"strength": 0.5}}.get(field, {})
+    extra = {"templates": {"style": "chalk"}, "init_images": {"strength": 0.5}}.get(field, {})
     assert spec_hash(replace(spec, **{field: value}, **extra)) != spec_hash(spec)
 
 
 def test_retrained_weights_are_another_set(model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
-    old = synthesis_spec(str(folder), DIGITS, steps=2, side=32)
-    assert spec_hash(old) == spec_hash(synthesis_spec(model, DIGITS, steps=2, side=32))  # a copy is the same model
+    old = synthesis_spec(str(folder), DIGITS, steps=2, size=32)
+    assert spec_hash(old) == spec_hash(synthesis_spec(model, DIGITS, steps=2, size=32))  # a copy is the same model
     weights = next((folder / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert spec_hash(synthesis_spec(str(folder), DIGITS, steps=2, side=32)) != spec_hash(old)
+    assert spec_hash(synthesis_spec(str(folder), DIGITS, steps=2, size=32)) != spec_hash(old)
     with pytest.raises(ValueError, match="are not those of this spec"):
         generate(old, tmp_path / "sets", 1, progress=False)
     assert not list((tmp_path / "sets").rglob("*.parquet"))
@@ -218,28 +223,9 @@ def test_spec_survives_the_disk(made, spec):
 
 
 def test_spec_with_words_and_reference_survives_the_disk(spec, tmp_path):
-    full = replace(spec, words=[f"<w{k}>" for k in range(10)], token="1a2b", token_folder="there", reference="3c4d", strength=1)
-    claim(tmp_path, full)
+    full = replace(spec, class_words=[f"<w{k}>" for k in range(10)], token_hash="1a2b", token_folder="there", init_images="3c4d", strength=1)
+    bind(tmp_path, full)
     assert read_spec(tmp_path) == full and hash(read_spec(tmp_path)) == hash(full) and type(full.strength) is float
-
-
-def test_set_older_than_some_fields(made, spec):
-    "spec.json without the later fields, and shards that carry the hash of a spec without them."
-    import pyarrow.parquet as pq
-    from bridgexfer.synthetic_sets import hashes, shard_schema, write_shard
-
-    today, older = hashes(spec)
-    assert hashes(replace(spec, token="x")) == [spec_hash(replace(spec, token="x"))]
-    assert hashes(replace(spec, reference="x", strength=0)) == [spec_hash(replace(spec, reference="x", strength=0))]
-    images = made.images().pixels
-    for k in range(3):
-        table = pq.read_table(shard_path(made.folder, k))
-        write_shard(shard_path(made.folder, k), table.replace_schema_metadata(shard_schema(spec, k, older).metadata))
-    later = ("words", "token", "token_folder", "reference", "strength")
-    write_json(made.folder / "spec.json", {k: v for k, v in as_dict(spec).items() if k not in later})
-    old = SyntheticSet(made.folder)
-    assert old.spec == spec and old.verify() == [] and np.array_equal(old.images().pixels, images)
-    assert damage(shard_path(made.folder, 0), replace(spec, token="x"), 0).startswith("made by another spec")
 
 
 # ---- noise
@@ -339,7 +325,7 @@ def test_another_pipeline(model, pipe, spec, tmp_path):
     parts = dict(vae=pipe.vae, tokenizer=pipe.tokenizer, tokenizer_2=pipe.tokenizer, text_encoder=CLIPTextModel(text), unet=unet)
     parts |= dict(text_encoder_2=CLIPTextModelWithProjection(text), scheduler=diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config))
     diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False).save_pretrained(tmp_path / "xl")
-    spec = synthesis_spec(str(tmp_path / "xl"), DIGITS[:3], steps=2, side=32, batch=4, shard=1, seed=3)
+    spec = synthesis_spec(str(tmp_path / "xl"), DIGITS[:3], steps=2, size=32, batch=4, shard=1, seed=3)
     xl = load_pipeline(str(tmp_path / "xl"))
     made = generate(spec, tmp_path / "sets", 2, pipe=xl, progress=False)
     assert type(xl).__name__ == "StableDiffusionXLPipeline" and type(xl.scheduler).__name__ == "EulerDiscreteScheduler"
@@ -353,14 +339,14 @@ def test_another_pipeline(model, pipe, spec, tmp_path):
 
 @pytest.fixture(scope="module")
 def train():
-    return load_dataset("digits", side=32).train
+    return load_dataset("digits", size=32).train
 
 
 @pytest.fixture
 def guided(spec, train):
     "A spec that starts from two scans of each digit, and the scans."
     two = few_shot(train, 2, seed=0)
-    return replace(spec, steps=6, reference=two.digest, strength=0.5), two
+    return replace(spec, steps=6, init_images=two.digest, strength=0.5), two
 
 
 def test_ends_of_real_guidance(pipe, guided, monkeypatch):
@@ -369,7 +355,7 @@ def test_ends_of_real_guidance(pipe, guided, monkeypatch):
     mean = encode(pipe, real).chunk(2, dim=1)[0]
     assert torch.equal(mean, pipe.vae.encode(torch.from_numpy(real).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean)
     sample_of = lambda **fields: sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], replace(spec, **fields), references=real)  # noqa: E731
-    from_noise = sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], replace(spec, reference="", strength=None))
+    from_noise = sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], replace(spec, init_images="", strength=None))
     assert np.array_equal(sample_of(strength=1), from_noise)
     assert not np.array_equal(sample_of(strength=0.99), from_noise)
     monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: pytest.fail("the UNet was asked"))
@@ -394,7 +380,7 @@ def test_same_images_as_img2img(model, guided, scheduler):
 
 def test_references_are_of_the_class_and_of_the_run(pipe, spec, train, monkeypatch, tmp_path):
     two = few_shot(train, 2, seed=0)
-    spec = replace(spec, steps=1, reference=two.digest, strength=0, shard=4)
+    spec = replace(spec, steps=1, init_images=two.digest, strength=0, shard=4)
     seen, original = [], sample
 
     def spy(pipe, prompts, seeds, spec, cache, references):
@@ -402,21 +388,21 @@ def test_references_are_of_the_class_and_of_the_run(pipe, spec, train, monkeypat
         return original(pipe, prompts, seeds, spec, cache, references)
 
     monkeypatch.setattr("bridgexfer.synthetic_sets.sample", spy)
-    made = generate(spec, tmp_path, 8, pipe=pipe, progress=False, reference=two)
+    made = generate(spec, tmp_path, 8, pipe=pipe, progress=False, init_images=two)
     rows = [r for k in made.new for r in shard_rows(spec, k)]  # in the order of its own that each process takes
     assert len(rows) == 80 and [prompt for prompt, _ in seen] == [r.prompt for r in rows]
     handed_in = {p.tobytes(): label for p, label in zip(two.pixels, two.labels, strict=True)}
     assert [handed_in[p.tobytes()] for _, p in seen] == [r.label for r in rows]  # a KeyError would be an image from elsewhere
     assert len({p.tobytes() for _, p in seen}) == 20  # each of them has a part
-    assert np.array_equal(reference_of(spec, rows, two), np.concatenate([reference_of(spec, rows[:9], two), reference_of(spec, rows[9:], two)]))
+    assert np.array_equal(init_images_of(spec, rows, two), np.concatenate([init_images_of(spec, rows[:9], two), init_images_of(spec, rows[9:], two)]))
     order = np.random.default_rng(0).permutation(10)  # the same classes under other labels
     other = as_images(two.pixels, np.argsort(order)[two.labels], [two.names[k] for k in order])
-    assert np.array_equal(reference_of(replace(spec, reference=other.digest), rows, other), reference_of(spec, rows, two))
+    assert np.array_equal(init_images_of(replace(spec, init_images=other.digest), rows, other), init_images_of(spec, rows, two))
     whole = contents(made.folder)
     shard_path(made.folder, 0).unlink()
-    with pytest.raises(ValueError, match="pass them as reference"):
+    with pytest.raises(ValueError, match="pass them as init_images"):
         made.verify(repair=True, pipe=pipe, progress=False, per_class=8)
-    assert verify_set(made, True, 8, pipe=pipe, progress=False, reference=two) == [("shard-00000.parquet", "missing")]
+    assert verify_set(made, True, 8, pipe=pipe, progress=False, init_images=two) == [("shard-00000.parquet", "missing")]
     assert contents(made.folder) == whole and made.verify() == []
 
 
@@ -425,17 +411,17 @@ def test_wrong_references(pipe, guided, train, tmp_path):
     with pytest.raises(ValueError, match=f"starts from the real images {two.digest}: pass them"):
         generate(spec, tmp_path, 1, pipe=pipe, progress=False)
     with pytest.raises(ValueError, match=f"the spec starts from {two.digest}"):
-        generate(spec, tmp_path, 1, pipe=pipe, progress=False, reference=few_shot(train, 2, seed=1))
+        generate(spec, tmp_path, 1, pipe=pipe, progress=False, init_images=few_shot(train, 2, seed=1))
     with pytest.raises(ValueError, match="the spec starts from noise"):
-        generate(replace(spec, reference="", strength=None), tmp_path, 1, pipe=pipe, progress=False, reference=two)
+        generate(replace(spec, init_images="", strength=None), tmp_path, 1, pipe=pipe, progress=False, init_images=two)
     some = two.take(np.flatnonzero(two.labels < 8))
     with pytest.raises(ValueError, match="nothing of eight, nine"):
-        generate(replace(spec, reference=some.digest), tmp_path, 1, pipe=pipe, progress=False, reference=some)
+        generate(replace(spec, init_images=some.digest), tmp_path, 1, pipe=pipe, progress=False, init_images=some)
     assert not list(tmp_path.rglob("*.parquet"))
     with pytest.raises(ValueError, match="no references were given"):
         sample(pipe, ["a"], [0], spec)
     with pytest.raises(ValueError, match="the spec has no strength"):
-        sample(pipe, ["a"], [0], replace(spec, reference="", strength=None), references=two.pixels[:1])
+        sample(pipe, ["a"], [0], replace(spec, init_images="", strength=None), references=two.pixels[:1])
     with pytest.raises(ValueError, match="One reference per prompt, got 2 for 1"):
         sample(pipe, ["a"], [0], spec, references=two.pixels[:2])
     other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
@@ -446,7 +432,7 @@ def test_wrong_references(pipe, guided, train, tmp_path):
 def test_real_guidance_is_the_same_in_any_company(pipe, guided, train):
     spec, two = guided
     rows = plan(spec, 0, 2)
-    real = two.pixels[reference_of(spec, rows, two)]
+    real = two.pixels[init_images_of(spec, rows, two)]
     whole = sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], spec, references=real)
     parts = sample(pipe, [r.prompt for r in rows[::-1]], [r.seed for r in rows[::-1]], replace(spec, batch=7), references=real[::-1])
     assert np.abs(whole.astype(int) - parts[::-1]).max() <= 1
@@ -457,11 +443,11 @@ def test_real_guidance_is_the_same_in_any_company(pipe, guided, train):
 
 def test_words_stand_in_prompts_and_nowhere_else(spec):
     words = [f"<abc{k}>" for k in range(10)]
-    rows, plain = plan(replace(spec, words=words), 0, 20), plan(spec, 0, 20)
-    assert "a photo of a <abc0>." in {r.prompt for r in plan(replace(spec, words=words), 0, 200)}
+    rows, plain = plan(replace(spec, class_words=words), 0, 20), plan(spec, 0, 20)
+    assert "a photo of a <abc0>." in {r.prompt for r in plan(replace(spec, class_words=words), 0, 200)}
     assert [r._replace(prompt="") for r in rows] == [r._replace(prompt="") for r in plain]
-    assert replace(spec, words=DIGITS) == spec  # a name that stands for itself
-    assert spec_hash(replace(spec, words=words)) != spec_hash(spec) == spec_hash(replace(spec, words=None))
+    assert replace(spec, class_words=DIGITS) == spec  # a name that stands for itself
+    assert spec_hash(replace(spec, class_words=words)) != spec_hash(spec) == spec_hash(replace(spec, class_words=None))
 
 
 @pytest.fixture
@@ -496,7 +482,7 @@ def test_load_token(model, token, tmp_path):
 
 def test_sets_with_learned_words(model, token, spec, tmp_path):
     folder, _ = token
-    style = replace(spec, steps=1, shard=1, templates="style", style="<abc0>", token="1a2b")
+    style = replace(spec, steps=1, shard=1, templates="style", style="<abc0>", token_hash="1a2b")
     with pytest.raises(ValueError, match="lacks the learned words of token 1a2b"):
         generate(style, tmp_path / "sets", 1, progress=False)
     with pytest.raises(FileNotFoundError, match="nowhere holds no learned token.*run the inversion"):
@@ -509,9 +495,9 @@ def test_sets_with_learned_words(model, token, spec, tmp_path):
     again = generate(style, tmp_path / "again", 1, pipe=opened, progress=False)  # it has them: no folder is needed
     itself = generate(replace(style, token_folder=str(folder)), tmp_path / "itself", 1, progress=False)  # opens and teaches its own
     assert contents(made.folder) == contents(again.folder) == contents(itself.folder)
-    unknown = generate(replace(style, token="", style="<abc0>", templates="style"), tmp_path / "unknown", 1, progress=False)
+    unknown = generate(replace(style, token_hash="", style="<abc0>", templates="style"), tmp_path / "unknown", 1, progress=False)
     assert not np.array_equal(unknown.images().pixels, made.images().pixels)  # a pipeline that was not taught reads the letters
-    classes = replace(spec, names=DIGITS[:2], words=("<abc0>", "<abc1>"), steps=1, shard=1, token="1a2b", token_folder=str(folder))
+    classes = replace(spec, names=DIGITS[:2], class_words=("<abc0>", "<abc1>"), steps=1, shard=1, token_hash="1a2b", token_folder=str(folder))
     assert len(generate(classes, tmp_path / "sets", 1, progress=False).images()) == 2
     assert shard_rows(classes, 0)[1].prompt.count("<abc1>") == 1
 
@@ -525,7 +511,7 @@ STRANGE = ("F/A-18", "../../etc", "$(touch hacked); rm -rf ~", "Königsberger Kl
 def test_strange_names_stay_inside(model, pipe, tmp_path):
     from torchvision.datasets import ImageFolder
 
-    spec = synthesis_spec(model, STRANGE, steps=1, side=32, shard=1, batch=10)
+    spec = synthesis_spec(model, STRANGE, steps=1, size=32, shard=1, batch=10)
     made = generate(spec, tmp_path / "sets", 1, pipe=pipe, progress=False)
     assert "F/A-18" in made.table().to_pylist()[0]["prompt"] and "{0} {}" in made.table().to_pylist()[9]["prompt"]
     made.export(tmp_path / "export")
@@ -541,7 +527,7 @@ def test_hugging_face_datasets(model, pipe, tmp_path):
     from PIL.Image import Image
 
     names = ("F/A-18", "Königin", "三")
-    made = generate(synthesis_spec(model, names, steps=1, side=32, shard=2), tmp_path / "sets", 4, pipe=pipe, progress=False)
+    made = generate(synthesis_spec(model, names, steps=1, size=32, shard=2), tmp_path / "sets", 4, pipe=pipe, progress=False)
     there = load_dataset("parquet", data_files=str(made.folder / "shard-*.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
     assert isinstance(there.features["label"], ClassLabel) and there.features["label"].names == list(names)
     assert all(isinstance(i, Image) for i in there["image"]) and there["label"] == [0, 1, 2] * 4
@@ -563,7 +549,7 @@ def test_export(made, tmp_path):
 
 
 def test_smaller_jpegs(model, pipe, spec, tmp_path):
-    small = generate(replace(spec, format="jpeg", stored_side=16), tmp_path, 2, pipe=pipe, progress=False)
+    small = generate(replace(spec, format="jpeg", stored_size=16), tmp_path, 2, pipe=pipe, progress=False)
     assert small.images().pixels.shape == (20, 16, 16, 3) and small.verify() == []
     assert small.table()["image"][0].as_py()["bytes"][:2] == b"\xff\xd8"
 
@@ -574,13 +560,13 @@ def test_smaller_jpegs(model, pipe, spec, tmp_path):
 @pytest.mark.parametrize(
     "wrong, says",
     [({"steps": 0}, "steps is a whole number of at least 1"), ({"guidance": -1}, "guidance is a positive number"), ({"guidance": float("nan")}, "guidance"),
-     ({"side": 0}, "side"), ({"stored_side": -1}, "stored_side"), ({"scheduler": "LMS"}, "choose DDPM, DDIM"), ({"precision": "int8"}, "choose float32, bfloat16"),
+     ({"size": 0}, "size"), ({"stored_size": -1}, "stored_size"), ({"scheduler": "LMS"}, "choose DDPM, DDIM"), ({"precision": "int8"}, "choose float32, bfloat16"),
      ({"format": "webp"}, "choose png, jpeg"), ({"names": []}, "at least one class name"), ({"names": ["cat", ""]}, "labels 1 are empty"),
      ({"names": ["cat", "dog", "cat"]}, "more than once: cat"), ({"names": ["a  cat", "a cat "]}, "more than once: a cat"), ({"names": "cat"}, "list of class names"),
      ({"words": ["a"] * 9}, "One word for each of the 10 classes, got 9"), ({"words": ["a"] * 10}, "Words for classes must differ.*: a"),
      ({"words": [" ", *DIGITS[1:]]}, "Words for classes are words; those of the labels 0"), ({"words": "0123456789"}, "words is a list of words"),
-     ({"strength": 0.5}, "needs both a reference"), ({"reference": "x"}, "needs both a reference"), ({"strength": 1.1, "reference": "x"}, r"in \[0, 1\]"),
-     ({"strength": float("nan"), "reference": "x"}, "strength"), ({"token_folder": "there"}, "token is the hash of the words learned in there"),
+     ({"strength": 0.5}, "needs both init_images"), ({"init_images": "x"}, "needs both init_images"), ({"strength": 1.1, "init_images": "x"}, r"in \[0, 1\]"),
+     ({"strength": float("nan"), "init_images": "x"}, "strength"), ({"token_folder": "there"}, "token_hash is the hash of the words learned in there"),
      ({"templates": "fancy"}, "choose 'single' or 'style'"), ({"templates": "style"}, "needs the word")],
 )  # fmt: skip
 def test_wrong_specs(wrong, says):
@@ -593,8 +579,8 @@ def test_wrong_requests(made, spec, pipe, tmp_path):
         made.images(7)
     with pytest.raises(ValueError, match="per_class is a whole number"):
         generate(spec, tmp_path, 0)
-    with pytest.raises(ValueError, match="side is a multiple of 4"):
-        draw(pipe, plan(spec, 0, 1), replace(spec, side=30))
+    with pytest.raises(ValueError, match="size is a multiple of 4"):
+        draw(pipe, plan(spec, 0, 1), replace(spec, size=30))
     with pytest.raises(FileNotFoundError, match="it has no spec.json"):
         SyntheticSet(tmp_path)
 

@@ -12,11 +12,16 @@ from scipy.stats import ks_2samp
 from torchvision import transforms
 from torchvision.transforms import RandomResizedCrop
 
-from bridgexfer.backbones import create_backbone, predict
-from bridgexfer.datasets import GLYPHS, Augment, Images, Parts, as_images, few_shot, load_dataset, measure
+from bridgexfer.backbones import create_backbone
+from bridgexfer.evaluation import predict
+from bridgexfer.data.registry import load_dataset
+from bridgexfer.datasets import Augment, GLYPHS, few_shot
+from bridgexfer.evaluation import accuracy
+from bridgexfer.images import Images, Parts, as_images
 from bridgexfer.finetune import FinetuneSpec, finetune
 from bridgexfer.generation import synthesis_spec
-from bridgexfer.loading import GRID_SIDE, ahead, crop, cut, eval_batches, normalise, random_boxes, staged, to_float, train_batches
+from bridgexfer.loading import GRID_SIZE, crop, cut, eval_batches, normalise, prefetch, random_boxes, to_device
+from bridgexfer.loading import to_float, train_batches
 from bridgexfer.synthetic_sets import SyntheticSet, claim, image_file, shard_path, shard_table, write_shard
 from bridgexfer.transfer import join
 
@@ -25,10 +30,10 @@ SETTINGS = [Augment(), GLYPHS, Augment(scale=(0.5, 1), ratio=(0.5, 2)), Augment(
 
 def theirs(augment, n):
     "torchvision's boxes, as shares of a square that is large enough for whole pixels not to matter."
-    side, blank = 100_000, torch.empty(1, 1, 1).expand(1, 100_000, 100_000)
+    size, blank = 100_000, torch.empty(1, 1, 1).expand(1, 100_000, 100_000)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        i, j, h, w = torch.tensor([RandomResizedCrop.get_params(blank, list(augment.scale), list(augment.ratio)) for _ in range(n)]).double().T / side
+        i, j, h, w = torch.tensor([RandomResizedCrop.get_params(blank, list(augment.scale), list(augment.ratio)) for _ in range(n)]).double().T / size
     return torch.stack([j + w / 2, i + h / 2, w, h], 1)
 
 
@@ -52,27 +57,27 @@ def test_the_comparison_would_notice_another_rule():
 
 
 @pytest.mark.parametrize("augment", [*SETTINGS, Augment(scale=(1, 1), ratio=(1, 1)), Augment(scale=(0.001, 0.002))], ids=lambda a: f"{a.scale} {a.ratio}")
-@pytest.mark.parametrize(("h", "w", "side"), [(73, 73, 64), (60, 90, 50), (2, 2, 49), (256, 256, 64)])
-def test_cut_is_crop(augment, h, w, side):
+@pytest.mark.parametrize(("h", "w", "size"), [(73, 73, 64), (60, 90, 50), (2, 2, 49), (256, 256, 64)])
+def test_cut_is_crop(augment, h, w, size):
     rng = torch.Generator().manual_seed(0)
     pixels, boxes, flip = torch.randint(0, 256, (9, h, w, 3), dtype=torch.uint8, generator=rng), random_boxes(9, augment, rng), torch.arange(9) % 2 == 0
     mean, std = (0.1, 0.5, 0.7), (0.2, 0.3, 0.4)
-    plain, fast = normalise(crop(to_float(pixels), boxes, flip, side), mean, std), cut(pixels, boxes, flip, side, mean, std)
-    assert fast.shape == plain.shape == (9, 3, side, side) and fast.is_contiguous(memory_format=torch.channels_last)
+    plain, fast = normalise(crop(to_float(pixels), boxes, flip, size), mean, std), cut(pixels, boxes, flip, size, mean, std)
+    assert fast.shape == plain.shape == (9, 3, size, size) and fast.is_contiguous(memory_format=torch.channels_last)
     assert (plain - fast).abs().max() < 2e-3 # noise has steps of 255 / 0.2 a pixel; a position is right to a millionth of the image
-    assert torch.allclose(cut(pixels, boxes, flip, side), crop(to_float(pixels), boxes, flip, side), atol=5e-4)
+    assert torch.allclose(cut(pixels, boxes, flip, size), crop(to_float(pixels), boxes, flip, size), atol=5e-4)
 
 
-@pytest.mark.parametrize("side", [GRID_SIDE, GRID_SIDE + 1])
-def test_batches_are_the_same_on_both_sides_of_the_switch(side):
+@pytest.mark.parametrize("size", [GRID_SIZE, GRID_SIZE + 1])
+def test_batches_are_the_same_on_both_sides_of_the_switch(size):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
     images, stats = as_images(pixels, np.arange(20) % 3, "abc"), ((0.4,) * 3, (0.2,) * 3)
     rng = torch.Generator().manual_seed(7)
-    for x, y in train_batches(images, 8, side, Augment(), torch.Generator().manual_seed(7), *stats):
+    for x, y in train_batches(images, 8, size, Augment(), torch.Generator().manual_seed(7), *stats):
         break
     order = torch.randperm(20, generator=rng).tensor_split(3)[0]
     boxes, flip = random_boxes(7, Augment(), rng), torch.rand(7, generator=rng) < 0.5
-    assert torch.allclose(x, normalise(crop(to_float(pixels[order.numpy()]), boxes, flip, side), *stats), atol=2e-3)
+    assert torch.allclose(x, normalise(crop(to_float(pixels[order.numpy()]), boxes, flip, size), *stats), atol=2e-3)
     assert y.tolist() == images.labels[order.numpy()].tolist()
 
 
@@ -82,7 +87,7 @@ def test_one_ahead_and_no_more():
         for k in range(50):
             made.append(k)
             yield k
-    for k in ahead(items()):
+    for k in prefetch(items()):
         used.append(k)
         assert len(made) <= len(used) + 1
     assert used == made == list(range(50)) and threading.active_count() == threads
@@ -92,20 +97,20 @@ def test_an_error_in_the_thread_reaches_the_caller_and_nothing_hangs():
     def items():
         yield 1
         raise OSError("disk full")
-    stream = ahead(items())
+    stream = prefetch(items())
     assert next(stream) == 1
     with pytest.raises(OSError, match="disk full"): next(stream)
     before = threading.active_count()
-    stream = ahead(iter(range(10**9)))
+    stream = prefetch(iter(range(10**9)))
     assert [next(stream), next(stream)] == [0, 1]
     stream.close() # a consumer that stops early
     assert threading.active_count() == before
 
 
 def test_staged_batches_are_the_batches():
-    "The way to a GPU without the GPU: one ahead, in the same order, from the same random numbers."
+    "The way to a GPU without the GPU: one prefetch, in the same order, from the same random numbers."
     parts = [(torch.arange(3) + k, torch.ones(2) * k) for k in range(5)]
-    for got, want in zip(staged(ahead(parts), "cpu"), parts, strict=True): assert all(map(torch.equal, got, want))
+    for got, want in zip(to_device(prefetch(parts), "cpu"), parts, strict=True): assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.slow
@@ -129,7 +134,7 @@ def test_accuracy_is_that_of_a_plain_loop():
         for name, scores in found.items():
             model = create_backbone(arch, 10, seed)
             finetune(model, few, spec, arch, seed) if name == "ours" else plain(model, few, seed)
-            scores.append(measure(predict(model, data.test, arch).argmax(1), data.test.labels))
+            scores.append(accuracy(predict(model, data.test, arch).argmax(1), data.test.labels))
     ours, other = (np.array(v) for v in found.values())
     assert min(ours.min(), other.min()) > 0.6
     assert abs(ours.mean() - other.mean()) < 3 * np.sqrt((ours.var(ddof=1) + other.var(ddof=1)) / 4) + 0.01, found
@@ -137,7 +142,7 @@ def test_accuracy_is_that_of_a_plain_loop():
 
 # ---- where pixels lie
 
-def noise(n, side=8, seed=0): return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+def noise(n, size=8, seed=0): return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
 
 
 def test_joined_sets_train_as_if_they_were_copied():
@@ -160,7 +165,7 @@ def test_parts_of_nothing():
 @pytest.fixture
 def made(tmp_path):
     "A set of three shards whose images are noise: 12 images of each of 10 classes."
-    spec = synthesis_spec("miniature", list("abcdefghij"), steps=5, side=32, batch=64, shard=4)
+    spec = synthesis_spec("miniature", list("abcdefghij"), steps=5, size=32, batch=64, shard=4)
     claim(tmp_path/"set", spec)
     for k in range(3): write_shard(shard_path(tmp_path/"set", k), shard_table(spec, k, [image_file(i, spec) for i in noise(40, 32, k)]))
     return SyntheticSet(tmp_path/"set")
@@ -215,7 +220,7 @@ def test_a_damaged_shard_leaves_no_pixels(made):
 
 
 def test_a_reduced_set_is_read_at_its_own_side(tmp_path):
-    spec = replace(synthesis_spec("miniature", ["a", "b"], steps=5, side=32, batch=4, shard=1), stored_side=16, format="jpeg")
+    spec = replace(synthesis_spec("miniature", ["a", "b"], steps=5, size=32, batch=4, shard=1), stored_size=16, format="jpeg")
     claim(tmp_path/"set", spec)
     write_shard(shard_path(tmp_path/"set", 0), shard_table(spec, 0, [image_file(i, spec) for i in noise(2, 32)]))
     images = SyntheticSet(tmp_path/"set").images(memory=0)

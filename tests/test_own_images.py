@@ -14,7 +14,9 @@ from PIL import Image
 
 from bridgexfer.artefacts import PACKAGE
 from bridgexfer.cli import COMMANDS, main
-from bridgexfer.datasets import Dataset, as_images, load_dataset
+from bridgexfer.data.registry import load_dataset
+from bridgexfer.datasets import Dataset
+from bridgexfer.images import as_images
 from bridgexfer.generation import synthesis_spec
 from bridgexfer.own_images import own_images, own_rates, own_runs, own_settings
 from bridgexfer.synthetic_sets import SyntheticSet, card, generate
@@ -96,7 +98,7 @@ def test_nothing_is_trained_while_the_folder_has_errors(folder, tmp_path, capsys
 
 
 def test_rates_are_chosen_without_the_test_images(settings, folder, tmp_path):
-    data = load_dataset(str(folder), settings.stored_side)
+    data = load_dataset(str(folder), settings.stored_size)
     rates = own_rates(settings, data, "mini_resnet10")
     assert {"vanilla", "bridged_pp"} == set(rates.index)
     noise = as_images(np.random.default_rng(0).integers(256, size=data.test.pixels.shape), data.test.labels, data.info.names)
@@ -105,13 +107,13 @@ def test_rates_are_chosen_without_the_test_images(settings, folder, tmp_path):
 
 
 def test_a_set_of_other_classes_is_refused(settings, folder, tmp_path):
-    data, run = load_dataset(str(folder), settings.stored_side), own_runs(settings)[1]
-    other = generate(synthesis_spec("miniature", ("one", "seven"), steps=2, side=32, stored_side=32, format="png", shard=8), tmp_path/"sets", 8, progress=False)
+    data, run = load_dataset(str(folder), settings.stored_size), own_runs(settings)[1]
+    other = generate(synthesis_spec("miniature", ("one", "seven"), steps=2, size=32, stored_size=32, format="png", shard=8), tmp_path/"sets", 8, progress=False)
     with pytest.raises(ValueError, match="one, seven.*one, three.*must agree"): own_images(settings, data, run, given=other)
 
 
 def test_a_set_travels(tmp_path): # to a machine without its model, and the card says what to beware of
-    made = generate(synthesis_spec("miniature", ("one", "seven"), steps=2, side=32, stored_side=32, format="png", shard=4), tmp_path/"here", 4, progress=False, remark="all images come from ImageNet")
+    made = generate(synthesis_spec("miniature", ("one", "seven"), steps=2, size=32, stored_size=32, format="png", shard=4), tmp_path/"here", 4, progress=False, remark="all images come from ImageNet")
     there = (tmp_path/"there")
     made.folder.rename(there)
     spec = json.loads((there/"spec.json").read_text())

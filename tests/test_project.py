@@ -15,7 +15,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
-LIBRARY = sorted((ROOT/"nbs").glob("*.ipynb"))
+WINGS = ("library", "data", "study", "apps") # whose notebooks export; each imports only what comes before it
+LIBRARY = [p for wing in WINGS for p in sorted((ROOT/"nbs"/wing).glob("*.ipynb"))]
 MINIATURE = sorted((ROOT/"nbs/miniature").glob("*.ipynb"))
 BENCHMARKS = sorted((ROOT/"nbs/benchmarks").glob("*.ipynb"))
 TUTORIALS = sorted((ROOT/"nbs/tutorials").glob("*.ipynb"))
@@ -218,21 +219,23 @@ def test_broken_links_are_noticed(tmp_path):
 
 
 def test_modules_import_only_what_comes_before_them():
-    order = {re.search(r"#\| default_exp (\S+)", text)[1]: nb.name.split("_")[0]
-             for nb in LIBRARY if nb.name[:2].isdigit() for text in ["\n".join(map(source, cells(nb)))] if "default_exp" in text}
-    for module, number in order.items():
-        tree = ast.parse((ROOT/f"bridgexfer/{module}.py").read_text())
-        imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1}
-        late = {m for m in imported if order.get(m, "") >= number}
+    order = [m for nb in LIBRARY for m in re.findall(r"^#\| default_exp (\S+)", "\n".join(map(source, cells(nb))), re.M)]
+    assert len(order) == len(set(order)) > 25
+    for place, module in enumerate(order):
+        path = f"bridgexfer/{module.replace('.', '/')}.py"
+        imported = [n for n in ast.walk(ast.parse((ROOT/path).read_text())) if isinstance(n, ast.ImportFrom) and n.level]
+        package = ["", *module.split(".")[:-1]]
+        names = {".".join([*package[1:len(package) + 1 - n.level], n.module or ""]) for n in imported}
+        late = names & set(order[place:])
         assert not late, f"{module} imports {', '.join(late)}, which comes later"
 
 
 def test_jobs_start_without_what_they_may_not_need():
     "What takes long to import is imported by the functions that use it; a job's modules bring torch and little more."
-    modules = sorted({m for n in JOBS for m in re.findall(r"from (bridgexfer\.\w+) import", "\n".join(map(source, cells(n))))} - {"bridgexfer.plots", "bridgexfer.statistics"}) # with these some jobs draw
+    modules = sorted({m for n in JOBS for m in re.findall(r"from (bridgexfer[.\w]+) import", "\n".join(map(source, cells(n))))} - {"bridgexfer.study.plots", "bridgexfer.statistics"}) # with these some jobs draw
     slow = {"diffusers", "transformers", "timm", "accelerate", "torchvision", "pandas", "matplotlib", "scipy", "sklearn", "datasets", "huggingface_hub.hf_api"}
     code = f"import sys, {', '.join(modules)}; print(sorted({slow} & set(sys.modules)))"
-    assert {"bridgexfer.generation", "bridgexfer.transfer", "bridgexfer.sweeps", "bridgexfer.records"} <= set(modules)
+    assert {"bridgexfer.synthetic_sets", "bridgexfer.transfer", "bridgexfer.study.grid", "bridgexfer.study.records"} <= set(modules)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from bridgexfer.records import (LABELS, find_record, job_path, plus_minus, published, read_job, read_jobs, record_path, show_table, to_frame,
-                                write_job, write_record)
+from bridgexfer.study.records import LABELS, find_record, job_path, plus_minus, published, read_job, read_jobs
+from bridgexfer.study.records import record_path, show_table, to_frame, write_job, write_record
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,7 +113,7 @@ def test_frame_refuses_two_values_for_one_column():
 
 
 def test_two_processes_may_write_the_same_record(tmp_path):
-    code = ("import sys; from dataclasses import dataclass; from bridgexfer.records import write_record\n"
+    code = ("import sys; from dataclasses import dataclass; from bridgexfer.study.records import write_record\n"
             "@dataclass(frozen=True)\nclass Spec:\n    x: int\n"
             "for i in range(40): write_record(sys.argv[1], 'leep', Spec(i), {'leep': -1.0, 'many': list(range(2000))}, {})")
     running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
@@ -147,7 +147,7 @@ def test_printed_values_agree_with_the_papers_text():
 
 
 def test_every_pipeline_has_a_label_and_a_colour():
-    from bridgexfer.plots import COLORS, DASHES, MARKERS
+    from bridgexfer.study.plots import COLORS, DASHES, MARKERS
     from bridgexfer.transfer import PIPELINES
 
     assert list(PIPELINES) == list(LABELS) == list(COLORS) == list(MARKERS) == list(DASHES)

@@ -5,10 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from bridgexfer.artefacts import spec_hash
-from bridgexfer.benchmarks import write_sd15
-from bridgexfer.datasets import as_images
-from bridgexfer.generation import load_pipeline, load_token, synthesis_spec
-from bridgexfer.style_inversion import invert, inversion_spec, token_words
+from bridgexfer.study.benchmarks import write_sd15
+from bridgexfer.images import as_images
+from bridgexfer.generation import synthesis_spec
+from bridgexfer.models import load_pipeline, load_token
+from bridgexfer.style_inversion import inversion_spec, invert, token_words
 from bridgexfer.synthetic_sets import SyntheticSet, generate
 
 pytestmark = pytest.mark.slow # some minutes and 8 GiB of memory
@@ -31,7 +32,7 @@ def test_it_has_the_published_size_and_no_safety_checker(pipe):
 
 
 def test_generation_for_a_step(sd15, pipe, tmp_path):
-    spec = synthesis_spec(str(sd15), ("cat",), steps=1, side=512, stored_side=256, format="jpeg", precision="bfloat16", batch=1, shard=1)
+    spec = synthesis_spec(str(sd15), ("cat",), steps=1, size=512, stored_size=256, format="jpeg", precision="bfloat16", batch=1, shard=1)
     made = generate(spec, tmp_path, 1, pipe=pipe, progress=False)
     image = made.images(1).pixels[0]
     assert image.shape == (256, 256, 3) and image.std() > 0 and not SyntheticSet(made.folder).verify()
@@ -42,7 +43,7 @@ def test_style_inversion_for_a_step(sd15, pipe, tmp_path):
     rng = np.random.default_rng(0)
     images = as_images(rng.integers(256, size=(1, 512, 512, 3)), [0], ("cat",))
     before = {k: v.clone() for k, v in pipe.text_encoder.state_dict().items()}
-    spec = inversion_spec(str(sd15), images, "pets", "style", steps=1, lr=5e-3, batch=1, init="photo", side=512)
+    spec = inversion_spec(str(sd15), images, "pets", "style", steps=1, lr=5e-3, batch=1, init="photo", size=512)
     folder = invert(spec, images, tmp_path, pipe=pipe, label=None)
     word, = token_words(spec)
     vector = load_file(folder/"learned_embeds.safetensors")[word]

@@ -7,21 +7,12 @@ import pytest
 import torch
 from bridgexfer import style_inversion
 from bridgexfer.artefacts import read_json, spec_hash
-from bridgexfer.datasets import as_images, few_shot, load_dataset
-from bridgexfer.generation import find_weights, load_pipeline, load_token
-from bridgexfer.style_inversion import (
-    InversionSpec,
-    denoising_loss,
-    draw,
-    first_row,
-    frozen,
-    inversion_spec,
-    invert,
-    latent_moments,
-    lesson,
-    step_loss,
-    token_words,
-)
+from bridgexfer.data.registry import load_dataset
+from bridgexfer.datasets import few_shot
+from bridgexfer.images import as_images
+from bridgexfer.models import find_weights, load_pipeline, load_token
+from bridgexfer.style_inversion import InversionSpec, denoising_loss, draw, first_row, frozen, inversion_spec, invert
+from bridgexfer.style_inversion import latent_moments, step_loss, token_task, token_words
 from safetensors.torch import load_file
 
 NETWORKS = ("text_encoder", "unet", "vae")
@@ -38,7 +29,7 @@ def few(digits):
 
 
 def spec_of(model, images, **fields):
-    return inversion_spec(model, images, "digits", **dict(steps=6, lr=1e-2, batch=2, side=32) | fields)
+    return inversion_spec(model, images, "digits", **dict(steps=6, lr=1e-2, batch=2, size=32) | fields)
 
 
 def rows(folder):
@@ -75,7 +66,7 @@ def test_flags_come_back_after_an_error(model, few, tmp_path, monkeypatch):
 
 def test_gradient_reaches_the_row_alone(model, pipe, few, tmp_path):
     spec = spec_of(model, few)
-    task = lesson(spec, 0, pipe, latent_moments(pipe, few, tmp_path, spec.weights), few.labels)
+    task = token_task(spec, 0, pipe, latent_moments(pipe, few, tmp_path, spec.weights), few.labels)
     row = first_row(pipe, "photo").requires_grad_()
     with frozen(pipe.text_encoder, pipe.unet):
         step_loss(task, 0, row).backward()
@@ -86,7 +77,7 @@ def test_gradient_reaches_the_row_alone(model, pipe, few, tmp_path):
 def test_the_loss_falls_along_the_gradient(model, pipe, few, tmp_path):
     "The gradient is that of the loss: a difference quotient agrees with it."
     spec = spec_of(model, few)
-    task = lesson(spec, 0, pipe, latent_moments(pipe, few, tmp_path, spec.weights), few.labels)
+    task = token_task(spec, 0, pipe, latent_moments(pipe, few, tmp_path, spec.weights), few.labels)
     row = first_row(pipe, "photo").requires_grad_()
     with frozen(pipe.text_encoder, pipe.unet):
         step_loss(task, 0, row).backward()
@@ -186,7 +177,7 @@ def test_a_failed_encoding_leaves_nothing(pipe, few, tmp_path, monkeypatch):
 
 
 def test_every_step_has_one_class_and_its_prompt(model, pipe, few):
-    task = lesson(spec_of(model, few, batch=8), 0, pipe, None, few.labels)
+    task = token_task(spec_of(model, few, batch=8), 0, pipe, None, few.labels)
     drawn = []
     for step in range(300):
         prompt, at, _ = draw(task, step)
@@ -226,7 +217,7 @@ def test_untrained_is_the_word_it_begins_as(model, pipe, few, tmp_path, monkeypa
 def test_spec_survives_json_and_says_what_it_is(model, pipe, few, tmp_path):
     spec = spec_of(model, few, shots=2, steps=1)
     assert InversionSpec(**read_json(invert(spec, few, tmp_path, pipe=pipe) / "inversion.json")["spec"]) == spec
-    others = dict(kind="class", dataset="x", images="y", names=("a",), weights="w", shots=3, seed=1, steps=9, lr=1.0, batch=3, init="chalk", side=64, precision="bfloat16")
+    others = dict(kind="class", dataset="x", images="y", names=("a",), weights="w", shots=3, seed=1, steps=9, lr=1.0, batch=3, init="chalk", size=64, precision="bfloat16")
     assert len({spec_hash(replace(spec, **{k: v})) for k, v in others.items()} | {spec_hash(spec)}) == len(others) + 1
 
 

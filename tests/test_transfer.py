@@ -15,12 +15,17 @@ from safetensors import safe_open
 import bridgexfer.finetune as finetune_module
 from bridgexfer import backbones
 from bridgexfer.artefacts import read_json, spec_hash
-from bridgexfer.backbones import ARCHS, backbone_digest, create_backbone, predict
-from bridgexfer.datasets import GLYPHS, as_images, hold_out, load_dataset
+from bridgexfer.backbones import ARCHS, backbone_digest, create_backbone
+from bridgexfer.evaluation import predict
+from bridgexfer.data.registry import load_dataset
+from bridgexfer.datasets import GLYPHS, hold_out
+from bridgexfer.images import as_images
 from bridgexfer.finetune import FinetuneSpec, NonFiniteLoss, finetune
-from bridgexfer.settings import load_settings
+from bridgexfer.study.settings import load_settings
 from bridgexfer.miniature.typeset import DIGITS, corpus
-from bridgexfer.transfer import CONTROLS, PIPELINES, BridgeSpec, Recipe, Run, Task, load_bridge, make_bridge, pipeline, recipe_of, run_task
+from bridgexfer.study.grid import recipe_of
+from bridgexfer.transfer import BridgeSpec, CONTROLS, PIPELINES, Recipe, Run, Task, load_bridge, make_bridge
+from bridgexfer.transfer import pipeline, run_task
 
 ARCH = "mini_resnet10"
 RECIPE = Recipe(epochs=1, few_epochs=2, mixed_epochs=1, stage1_epochs=1, stage1_lr=0.03, mixup=0.2, batch=64, momentum=0.9, weight_decay=5e-4)
@@ -57,7 +62,7 @@ def test_every_pipeline_runs_with_every_shipped_backbone(task, synthetic, tmp_pa
 def test_controls_are_what_they_say(task, synthetic, tmp_path):
     point = {name: Run(name, 4, 0, 20) for name in (*PIPELINES, *CONTROLS)}
     spec = {name: task.spec(p, 0.03, "x") for name, p in point.items()}
-    assert all(pipeline(n).like in PIPELINES or n == "synthetic" for n in CONTROLS)
+    assert all(pipeline(n).lr_from in PIPELINES or n == "synthetic" for n in CONTROLS)
     # vanilla with the same compute sees as many images as both stages of bridged transfer together, to a batch
     assert 0 <= 40 * spec["vanilla_long"].epochs - (40 * spec["bridged"].epochs + 200 * RECIPE.stage1_epochs) < 40
     assert [n for n, s in spec.items() if s.mixup] == ["vanilla_mixup", "mixed_mixup"]
@@ -116,7 +121,7 @@ def test_what_is_reported_is_the_model_after_its_last_epoch(task, synthetic, tmp
 
 def test_the_tuning_job_never_measures_on_test(tmp_path):
     "Its records say so, and their labels are those of the validation part."
-    from bridgexfer.settings import find_settings
+    from bridgexfer.study.settings import find_settings
     root = find_settings().parent
     settings = json.dumps(dict(runs=str(tmp_path), pipelines="vanilla bridged", images="20"))
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", "nbs/jobs/tune.ipynb", str(tmp_path/"out.ipynb"), "-p", "overrides", settings]
@@ -145,7 +150,7 @@ CHILD = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch; torch.set_num_threads(1)
 import test_transfer as t
-from bridgexfer.datasets import as_images
+from bridgexfer.images import as_images
 from bridgexfer.miniature.typeset import DIGITS, corpus
 pixels, labels, _ = corpus(200, DIGITS, seed=0)
 t.make_bridge(*t.long_bridge(as_images(pixels, labels, DIGITS.values())), sys.argv[2], every=0)

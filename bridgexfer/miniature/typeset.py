@@ -33,11 +33,11 @@ LATIN = {**{c: f"capital {c.lower()}" for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"}, **
 WEB = {**DIGITS, **GREEK, **LATIN}
 
 # %% ../../nbs/miniature/00_typeset.ipynb #f45e2286
-CANVAS = 128 # side of a glyph mask, pixels
+CANVAS = 128 # size of a glyph mask, pixels
 
 @lru_cache(maxsize=None)
 def glyph(char: str, font: str) -> np.ndarray: # (CANVAS, CANVAS) float32 in [0, 1], 1 is ink
-    "The mask of one character in one font, centred, its longer side 3/4 of the canvas."
+    "The mask of one character in one font, centred, its longer size 3/4 of the canvas."
     probe = ImageFont.truetype(str(font_path(font)), 200)
     left, top, right, bottom = probe.getbbox(char)
     size = 200 * (CANVAS * 3 / 4) / max(right - left, bottom - top)
@@ -53,7 +53,7 @@ class Style:
     "How a glyph becomes a picture; a pair is a range drawn from uniformly, per image."
     ink: tuple # (2, 3): darkest and lightest RGB of the strokes, 0..255
     paper: tuple # (2, 3): darkest and lightest RGB of the ground, 0..255
-    stroke: int = 0 # pixels, on the glyph canvas, added to each side of a stroke (negative: taken away)
+    stroke: int = 0 # pixels, on the glyph canvas, added to each size of a stroke (negative: taken away)
     blur: tuple = (0.3, 0.6) # standard deviation of a Gaussian blur, pixels of a 32-pixel image
     grain: float = 0. # standard deviation of a texture in the ink, as a share of its strength
     noise: float = 3. # standard deviation of noise over the whole image, grey levels
@@ -74,7 +74,7 @@ def affine(n: int, # number of images
            rotate: float = 8., # largest rotation, degrees
            shear: float = 0.1, # largest horizontal shear
            scale: tuple = (0.9, 1.1), # range of magnification
-           shift: float = 0.06, # largest shift, as a share of the side
+           shift: float = 0.06, # largest shift, as a share of the size
           ) -> torch.Tensor: # (n, 2, 3), for `torch.nn.functional.affine_grid`
     "Random affine maps from the output picture to the glyph canvas."
     def u(lo, hi): return lo + (hi - lo) * torch.rand(n, generator=rng)
@@ -100,7 +100,7 @@ def render(chars: list, # n characters
            fonts: list, # n font names
            style: Style, # one style for all of them
            rng: torch.Generator, # source of randomness
-           size: int = 32, # side of the result, pixels
+           size: int = 32, # size of the result, pixels
            **jitter, # ranges of `affine`
           ) -> np.ndarray: # (n, size, size, 3) uint8
     "Pictures of characters in one style, each with its own jitter."
@@ -126,7 +126,7 @@ def corpus(n: int, # number of images
            seed: int, # everything random follows from it
            weights: list | None = None, # relative frequency of each class; all alike if None
            fonts: tuple = WEB_FONTS, # to draw from
-           size: int = 32, # side, pixels
+           size: int = 32, # size, pixels
           ) -> tuple: # images (n, size, size, 3) uint8, labels (n,) int64, styles (n,) int64
     "Random renders of the classes in all styles, with the index of each one's class and style."
     rng = torch.Generator().manual_seed(seed)
