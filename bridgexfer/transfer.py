@@ -26,7 +26,11 @@ from .finetune import FinetuneSpec, elapsed, finetune
 # %% ../nbs/library/12_transfer.ipynb #13fde907
 @dataclass(frozen=True)
 class Pipeline:
-    "Where synthetic images come in, and what is done against their traces."
+    "Where synthetic images come in, what is done against their traces, and how results are labelled and drawn."
+    label: str # what tables and figures call it
+    color: str = "#6E6E6E" # of its lines and markers
+    marker: str = "o" # matplotlib's
+    dash: str | tuple[int, tuple[int, ...]] = "-" # matplotlib's line style
     mixed: bool = False # real and synthetic images together
     bridged: bool = False # synthetic first, real second
     fc_reinit: bool = False # a fresh head between the stages
@@ -37,18 +41,18 @@ class Pipeline:
     lr_from: str = "" # the pipeline whose learning rate it takes, if not its own
 
 PIPELINES = {
-    "vanilla": Pipeline(),
-    "mixed": Pipeline(mixed=True),
-    "bridged": Pipeline(bridged=True),
-    "bridged_fc": Pipeline(bridged=True, fc_reinit=True),
-    "bridged_pp": Pipeline(bridged=True, fc_reinit=True, mixup=True),
+    "vanilla": Pipeline("Vanilla", "#000000", "o", "--"),
+    "mixed": Pipeline("Mixed", "#DE8100", "X", ":", mixed=True),
+    "bridged": Pipeline("Bridged", "#74BDEB", "s", "-", bridged=True),
+    "bridged_fc": Pipeline("Bridged + FC re-init", "#2878AE", "^", (0, (4, 1, 1, 1)), bridged=True, fc_reinit=True),
+    "bridged_pp": Pipeline("Bridged++", "#093C63", "D", (0, (6, 1)), bridged=True, fc_reinit=True, mixup=True),
 }
 CONTROLS = {
-    "vanilla_long": Pipeline(match_compute=True, lr_from="vanilla"),
-    "vanilla_mixup": Pipeline(mixup_real=True, lr_from="vanilla"),
-    "mixed_mixup": Pipeline(mixed=True, mixup_real=True, lr_from="mixed"),
-    "bridged_mixup": Pipeline(bridged=True, mixup=True, lr_from="bridged"),
-    "synthetic": Pipeline(bridged=True, real=False),
+    "vanilla_long": Pipeline("Vanilla, same compute", match_compute=True, lr_from="vanilla"),
+    "vanilla_mixup": Pipeline("Vanilla + mixup", mixup_real=True, lr_from="vanilla"),
+    "mixed_mixup": Pipeline("Mixed + mixup", mixed=True, mixup_real=True, lr_from="mixed"),
+    "bridged_mixup": Pipeline("Bridged + mixup", bridged=True, mixup=True, lr_from="bridged"),
+    "synthetic": Pipeline("Synthetic only", bridged=True, real=False),
 }
 
 def pipeline(name: str) -> Pipeline: # name: a key of `PIPELINES` or `CONTROLS`

@@ -19,11 +19,12 @@ from matplotlib.patches import FancyBboxPatch
 from ..artefacts import atomic
 from .records import LABELS, MARKS, plus_minus, shots_label
 from ..statistics import compare, summary
+from ..transfer import PIPELINES
 
 # %% ../../nbs/study/03_plots.ipynb #3d55e6a2
-COLORS = {"vanilla": "#000000", "mixed": "#DE8100", "bridged": "#74BDEB", "bridged_fc": "#2878AE", "bridged_pp": "#093C63"}
-MARKERS = {"vanilla": "o", "mixed": "X", "bridged": "s", "bridged_fc": "^", "bridged_pp": "D"}
-DASHES = {"vanilla": "--", "mixed": ":", "bridged": "-", "bridged_fc": (0, (4, 1, 1, 1)), "bridged_pp": (0, (6, 1))}
+COLORS = {name: p.color for name, p in PIPELINES.items()}
+MARKERS = {name: p.marker for name, p in PIPELINES.items()}
+DASHES = {name: p.dash for name, p in PIPELINES.items()}
 
 # %% ../../nbs/study/03_plots.ipynb #a295f3a4
 WIDTH = 5.5 # inches, of a figure and of the text around it

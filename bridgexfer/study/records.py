@@ -17,6 +17,7 @@ from time import time
 from typing import TYPE_CHECKING
 import numpy as np
 from ..artefacts import as_dict, provenance, read_json, spec_hash, write_json
+from ..transfer import CONTROLS, PIPELINES
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/study/01_records.ipynb #45924db0
@@ -171,9 +172,8 @@ def read_rates(path: str | Path, # tab5_learning_rates.csv of the profile's figu
     return {p: float(found[p]) for p in pipelines}
 
 # %% ../../nbs/study/01_records.ipynb #5397a8de
-LABELS = {"vanilla": "Vanilla", "mixed": "Mixed", "bridged": "Bridged", "bridged_fc": "Bridged + FC re-init", "bridged_pp": "Bridged++"}
-CONTROL_LABELS = {"vanilla_long": "Vanilla, same compute", "vanilla_mixup": "Vanilla + mixup", "mixed_mixup": "Mixed + mixup",
-                  "bridged_mixup": "Bridged + mixup", "synthetic": "Synthetic only"}
+LABELS = {name: p.label for name, p in PIPELINES.items()}
+CONTROL_LABELS = {name: p.label for name, p in CONTROLS.items()}
 METHODS = {"single": "Single template", "style": "DSI", "class": "Class-wise inversion", "untrained": "Untrained token", "real_guidance": "Real Guidance",
            "web": "Web renders"} # ways of making synthetic images
 MARKS = {"better": " +", "worse": " −", "inconclusive": ""}
