@@ -71,7 +71,9 @@ def _numbered(parts, form, start=1):
     seen, out = Counter(), []
     for labels in parts:
         rows = []
-        for y in labels: rows.append((form(y, start + seen[y]), y)); seen[y] += 1
+        for y in labels:
+            rows.append((form(y, start + seen[y]), y))
+            seen[y] += 1
         out.append(rows)
     return out
 
@@ -190,7 +192,8 @@ def _pets(folder, sources, train, test, rng):
         _write(folder/"annotations"/f"{split}.txt", (line(p, y) for p, y in rows))
         (folder/"annotations"/f"._{split}.txt").write_bytes(b"\0\5\x16\7")
     _write(folder/"annotations"/"list.txt", ["#Image CLASS-ID SPECIES BREED ID", *(line(p, y) for p, y in [*train, *test])])
-    for name in ("Abyssinian_104.jpg", *(f"Abyssinian_{i}.mat" for i in range(100, 103))): _write(folder/"images"/name, [])
+    for name in ("Abyssinian_104.jpg", *(f"Abyssinian_{i}.mat" for i in range(100, 103))):
+        _write(folder/"images"/name, [])
     return tuple([(f"images/{p}.jpg", y) for p, y in part] for part in (train, test))
 
 

@@ -90,7 +90,8 @@ def test_every_image_is_looked_for_and_the_order_of_the_disk_does_not_matter(sma
     gone = tmp_path/after.test[-1][0]
     gone.unlink()
     if name == "caltech101": # listed from its files: one less is a wrong count
-        with pytest.raises(ValueError, match="201 images for test of caltech101, officially 202"): list_archive(written.archive, tmp_path)
+        with pytest.raises(ValueError, match="201 images for test of caltech101, officially 202"):
+            list_archive(written.archive, tmp_path)
     else:
         with pytest.raises(FileNotFoundError, match=rf"1 of the \d+ images of {name} are missing, the first is {re.escape(str(gone))}"):
             list_archive(written.archive, tmp_path)
@@ -105,7 +106,8 @@ def test_caltechs_draw_never_changes_and_leaves_the_background_out(full, small, 
     images = tmp_path/"caltech101"/"101_ObjectCategories"
     drawn = list_archive(written.archive, tmp_path).train
     (images/"BACKGROUND_Google").rename(images/"BACKGROUND")
-    with pytest.raises(ValueError, match="101 official classes, but BACKGROUND is"): list_archive(written.archive, tmp_path)
+    with pytest.raises(ValueError, match="101 official classes, but BACKGROUND is"):
+        list_archive(written.archive, tmp_path)
     (images/"BACKGROUND").rename(tmp_path/"elsewhere")
     assert list_archive(written.archive, tmp_path).train == drawn
     (images/"ant").rename(tmp_path/"ant")
@@ -127,25 +129,30 @@ def test_dtds_test_is_test(full, small, tmp_path):
     assert {p for p, _ in listing.train} == lines(full[1], "train1") | lines(full[1], "val1")
     written, labels = small("dtd"), tmp_path/"dtd"/"dtd"/"labels"
     (labels/"test1.txt").write_text((labels/"train1.txt").read_text() + (labels/"val1.txt").read_text())
-    with pytest.raises(ValueError, match="94 images of dtd are in train and in test"): list_archive(written.archive, tmp_path)
-    with pytest.raises(ValueError, match=r"labels/train1.txt and labels/val1.txt: 94 images for train of dtd, officially 3760"): list_archive("dtd", tmp_path)
+    with pytest.raises(ValueError, match="94 images of dtd are in train and in test"):
+        list_archive(written.archive, tmp_path)
+    with pytest.raises(ValueError, match=r"labels/train1.txt and labels/val1.txt: 94 images for train of dtd, officially 3760"):
+        list_archive("dtd", tmp_path)
 
 
 def test_flowers_large_part_is_test(full, small, tmp_path):
     ids = loadmat(full[1]/"flowers-102"/"setid.mat", squeeze_me=True)
     listing = list_archive("flowers", full[1], check_files=False)
-    assert {int(p[-9:-4]) for p, _ in listing.test} == set(ids["tstid"]) and len(ids["trnid"]) == len(ids["valid"]) == 1020
+    assert {int(p[-9:-4]) for p, _ in listing.test} == set(ids["tstid"])
+    assert len(ids["trnid"]) == len(ids["valid"]) == 1020
     written, path = small("flowers", (2, 6)), tmp_path/"flowers-102"/"setid.mat"
     ids = {k: v for k, v in loadmat(path).items() if not k.startswith("_")}
     savemat(path, {"trnid": ids["tstid"], "valid": ids["valid"], "tstid": ids["trnid"]})
-    with pytest.raises(ValueError, match=r"setid.mat: 714 images for train of flowers, officially 204"): list_archive(written.archive, tmp_path)
+    with pytest.raises(ValueError, match=r"setid.mat: 714 images for train of flowers, officially 204"):
+        list_archive(written.archive, tmp_path)
 
 
 def test_cub_has_all_classes_on_both_sides(small, tmp_path):
     written, folder = small("cub"), tmp_path/"CUB_200_2011"
     label = dict(line.split() for line in (folder/"image_class_labels.txt").read_text().splitlines())
     rewrite(folder/"train_test_split.txt", lambda lines: [f"{i} {int(int(label[i]) <= 100)}" for i, _ in map(str.split, lines)])
-    with pytest.raises(ValueError, match="train of cub has no image of 100 classes, the first is '101"): list_archive(written.archive, tmp_path)
+    with pytest.raises(ValueError, match="train of cub has no image of 100 classes, the first is '101"):
+        list_archive(written.archive, tmp_path)
 
 
 def test_sun397_is_one_partition_with_nested_names(full, small, tmp_path):
@@ -160,14 +167,16 @@ def test_sun397_is_one_partition_with_nested_names(full, small, tmp_path):
     for p in [*folder.glob("*_0?.txt"), folder/"ClassName.txt"]: p.rename(folder/"Partitions"/p.name)
     assert list_archive(written.archive, tmp_path, check_files=False) == expected
     rewrite(folder/"Partitions"/"Testing_01.txt", lambda lines: [*lines, "/a/abbey/sun_aaaaaaaaaaaaaaaa.jpg"])
-    with pytest.raises(ValueError, match="Testing_01.txt: 795 images for test of sun397, officially 794"): list_archive(written.archive, tmp_path, check_files=False)
+    with pytest.raises(ValueError, match="Testing_01.txt: 795 images for test of sun397, officially 794"):
+        list_archive(written.archive, tmp_path, check_files=False)
 
 
 def test_names_with_a_slash_are_names(small, tmp_path):
     written = small("aircraft")
     listing = list_archive(written.archive, tmp_path)
     assert {"F/A-18", "F-16A/B"} <= set(class_sources("aircraft"))
-    for part in (listing.train, listing.test): assert sum(y == class_sources("aircraft").index("F/A-18") for _, y in part) == 2
+    for part in (listing.train, listing.test):
+        assert sum(y == class_sources("aircraft").index("F/A-18") for _, y in part) == 2
     assert all(re.fullmatch(r"fgvc-aircraft-2013b/data/images/\d{7}\.jpg", p) for p, _ in listing.train + listing.test)
 
 
@@ -192,7 +201,8 @@ def test_each_missing_or_damaged_annotation_file_is_named(small, tmp_path, name)
         if name == "caltech101": break
         whole = (tmp_path/"aside").read_bytes()
         path.write_bytes(whole[:len(whole) * 2 // 3] if path.suffix == ".mat" else b"\xff\xfe\0" + whole)  # cut off, or not text
-        with pytest.raises(ValueError, match=rf"{re.escape(str(path))} (cannot be read|is not a text file|holds no|calls class)"): listed()
+        with pytest.raises(ValueError, match=rf"{re.escape(str(path))} (cannot be read|is not a text file|holds no|calls class)"):
+            listed()
         path.write_bytes(whole)
         (tmp_path/"aside").unlink()
         listed()
@@ -209,9 +219,11 @@ def test_a_line_too_few_or_twice_is_noticed(full, tmp_path, name, file):
     split = "test" if "test" in file.lower() else "train"
     count = getattr(archive, split)
     rewrite(tmp_path/archive.folder/file, lambda lines: lines[:-1])
-    with pytest.raises(ValueError, match=rf"{count - 1} images for {split} of {name}, officially {count}: extract"): list_archive(name, tmp_path, check_files=False)
+    with pytest.raises(ValueError, match=rf"{count - 1} images for {split} of {name}, officially {count}: extract"):
+        list_archive(name, tmp_path, check_files=False)
     rewrite(tmp_path/archive.folder/file, lambda lines: [*lines, lines[0]])
-    with pytest.raises(ValueError, match=f"{split} of {name} names an image twice"): list_archive(name, tmp_path, check_files=False)
+    with pytest.raises(ValueError, match=f"{split} of {name} names an image twice"):
+        list_archive(name, tmp_path, check_files=False)
 
 
 def first_line(old, new):
@@ -263,13 +275,15 @@ def test_labels_out_of_range_are_named(small, tmp_path, name, file, damage, mess
     path = tmp_path/ARCHIVES[name].folder/file
     damage(path)
     with pytest.raises(ValueError, match=message) as e: list_archive(written.archive, tmp_path, check_files=False)
-    assert str(tmp_path/ARCHIVES[name].folder) in str(e.value) and path.name in str(e.value) and "extract the official archive again" in str(e.value)
+    assert str(tmp_path/ARCHIVES[name].folder) in str(e.value) and path.name in str(e.value)
+    assert "extract the official archive again" in str(e.value)
 
 
 def test_cars_test_file_without_labels_is_told_apart(small, tmp_path):
     written, folder = small("cars", images="none"), tmp_path/"stanford_cars"
     (folder/"devkit"/"cars_test_annos.mat").replace(folder/"cars_test_annos_withlabels.mat")
-    with pytest.raises(ValueError, match="holds no labels: take the official cars_test_annos_withlabels.mat"): list_archive(written.archive, tmp_path, check_files=False)
+    with pytest.raises(ValueError, match="holds no labels: take the official cars_test_annos_withlabels.mat"):
+        list_archive(written.archive, tmp_path, check_files=False)
 
 
 def test_an_image_in_both_parts_is_noticed(small, tmp_path):
@@ -277,7 +291,8 @@ def test_an_image_in_both_parts_is_noticed(small, tmp_path):
     first = (meta/"train.txt").read_text().splitlines()[0]
     same = next(line for line in (meta/"test.txt").read_text().splitlines() if line.split("/")[0] == first.split("/")[0])
     rewrite(meta/"test.txt", lambda lines: [first if line == same else line for line in lines])
-    with pytest.raises(ValueError, match="1 images of food are in train and in test"): list_archive(written.archive, tmp_path, check_files=False)
+    with pytest.raises(ValueError, match="1 images of food are in train and in test"):
+        list_archive(written.archive, tmp_path, check_files=False)
 
 
 # ---- what is there
@@ -288,7 +303,8 @@ def test_finding_never_raises_and_says_what_to_do(small, tmp_path):
     status = find_archive("dtd", tmp_path)
     assert not status.found and "officially 3760" in status.todo
     rows = archive_table(tmp_path)
-    assert [r["dataset"] for r in rows] == sorted(PUBLISHED) and not any(r["found"] == "yes" for r in rows) and all(r["todo"] for r in rows)
+    assert [r["dataset"] for r in rows] == sorted(PUBLISHED) and not any(r["found"] == "yes" for r in rows)
+    assert all(r["todo"] for r in rows)
     text = archive_text(tmp_path)
     assert all(f"\n{name}: " in text for name in PUBLISHED) and "download('pets'" in text
     for f in ARCHIVES["cars"].files: assert f.name in text and f.checksum in text
@@ -346,8 +362,10 @@ def test_nothing_lands_outside_its_folder(tmp_path, make, file, members):
     (tmp_path/"outside").write_text("mine")
     before = Path("/evil").exists()
     archive = make(tmp_path/file, ("good", b"xx"), *members)
-    with pytest.raises(ValueError, match="leaves its folder|is neither a plain file nor a folder"): extract(archive, tmp_path/"out")
-    assert sorted(p.name for p in tmp_path.rglob("*")) == sorted([file, "out", "outside"]) and (tmp_path/"outside").stat().st_nlink == 1
+    with pytest.raises(ValueError, match="leaves its folder|is neither a plain file nor a folder"):
+        extract(archive, tmp_path/"out")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == sorted([file, "out", "outside"])
+    assert (tmp_path/"outside").stat().st_nlink == 1
     assert Path("/evil").exists() == before
 
 
@@ -355,10 +373,12 @@ def test_nothing_lands_outside_its_folder(tmp_path, make, file, members):
 def test_bombs_are_stopped_and_leave_nothing(tmp_path, make, file):
     archive = make(tmp_path/file, ("a", bytes(10**6)), ("b", bytes(10**6)))
     assert archive.stat().st_size < 10**4
-    with pytest.raises(ValueError, match="more than 1000000 files or 1999999 bytes"): extract(archive, tmp_path/"out", limit_bytes=2 * 10**6 - 1)
+    with pytest.raises(ValueError, match="more than 1000000 files or 1999999 bytes"):
+        extract(archive, tmp_path/"out", limit_bytes=2 * 10**6 - 1)
     with pytest.raises(ValueError, match="more than 1 files"): extract(archive, tmp_path/"out", limit_files=1)
     assert os.listdir(tmp_path/"out") == []
-    assert extract(archive, tmp_path/"out", limit_bytes=2 * 10**6, limit_files=2) == tmp_path/"out" and sorted(os.listdir(tmp_path/"out")) == ["a", "b"]
+    assert extract(archive, tmp_path/"out", limit_bytes=2 * 10**6, limit_files=2) == tmp_path/"out"
+    assert sorted(os.listdir(tmp_path/"out")) == ["a", "b"]
 
 
 def test_empty_members_count_too(tmp_path):
@@ -371,7 +391,8 @@ def test_extracting_joins_folders_and_ignores_modes(tmp_path):
     (tmp_path/"out"/"a").mkdir(parents=True)
     (tmp_path/"out"/"a"/"old").write_text("old")
     extract(tar(tmp_path/"a.tgz", ("./a/new", b"new"), ("a/sub", tarfile.DIRTYPE)), tmp_path/"out")
-    assert sorted(os.listdir(tmp_path/"out"/"a")) == ["new", "old", "sub"] and not (tmp_path/"out"/"a"/"new").stat().st_mode & 0o4111
+    assert sorted(os.listdir(tmp_path/"out"/"a")) == ["new", "old", "sub"]
+    assert not (tmp_path/"out"/"a"/"new").stat().st_mode & 0o4111
 
 
 @pytest.mark.parametrize("make, file", [(tar, "a.tgz"), (tar, "a.tar"), (zipped, "a.zip")])
@@ -410,7 +431,9 @@ def server():
     thread = threading.Thread(target=functools.partial(s.serve_forever, poll_interval=0.01))
     thread.start()
     yield s
-    s.shutdown(); thread.join(); s.server_close()
+    s.shutdown()
+    thread.join()
+    s.server_close()
 
 
 def sum_of(content): return f"md5:{hashlib.md5(content).hexdigest()}"
@@ -428,9 +451,11 @@ def test_a_broken_download_is_resumed(server, tmp_path):
 
 def test_the_next_call_resumes_too(server, tmp_path):
     server.faults = [300_000, 0]
-    with pytest.raises(ConnectionError, match=r"broke off 2 times .*300000 of 1000000.*call again, and it resumes"): get(server, tmp_path/"file.tgz", tries=2)
+    with pytest.raises(ConnectionError, match=r"broke off 2 times .*300000 of 1000000.*call again, and it resumes"):
+        get(server, tmp_path/"file.tgz", tries=2)
     assert os.listdir(tmp_path) == ["file.tgz.part"]
-    assert get(server, tmp_path/"file.tgz", tries=1).read_bytes() == server.content and server.asked[-1] == "bytes=300000-"
+    assert get(server, tmp_path/"file.tgz", tries=1).read_bytes() == server.content
+    assert server.asked[-1] == "bytes=300000-"
 
 
 def test_a_source_that_cannot_resume_sends_all_again(server, tmp_path):
@@ -439,9 +464,11 @@ def test_a_source_that_cannot_resume_sends_all_again(server, tmp_path):
 
 
 def test_a_wrong_checksum_or_size_is_never_kept(server, tmp_path):
-    with pytest.raises(ValueError, match="has the sha256 .*, the official file 00"): get(server, tmp_path/"file.tgz", checksum="sha256:00")
+    with pytest.raises(ValueError, match="has the sha256 .*, the official file 00"):
+        get(server, tmp_path/"file.tgz", checksum="sha256:00")
     assert os.listdir(tmp_path) == [] and len(server.asked) == 1
-    with pytest.raises(ValueError, match="has 1000000 bytes, the official file 999: the source has changed"): get(server, tmp_path/"file.tgz", size=999)
+    with pytest.raises(ValueError, match="has 1000000 bytes, the official file 999: the source has changed"):
+        get(server, tmp_path/"file.tgz", size=999)
     assert os.listdir(tmp_path) == []
     (tmp_path/"file.tgz.part").write_bytes(b"?" * 1000)  # of another file
     with pytest.raises(ValueError, match="has the md5"): get(server, tmp_path/"file.tgz")
@@ -450,7 +477,8 @@ def test_a_wrong_checksum_or_size_is_never_kept(server, tmp_path):
 
 def test_a_gone_source_is_not_asked_again(server, tmp_path):
     server.url = server.url.replace("file", "gone")
-    with pytest.raises(FileNotFoundError, match=r"is gone \(404 .*find a copy with md5:.* and put it at"): get(server, tmp_path/"file.tgz")
+    with pytest.raises(FileNotFoundError, match=r"is gone \(404 .*find a copy with md5:.* and put it at"):
+        get(server, tmp_path/"file.tgz")
     assert len(server.asked) == 1
 
 
@@ -468,7 +496,8 @@ def test_a_dataset_is_downloaded_extracted_and_left_alone(server, tmp_path):
     assert len(server.asked) == 2
     (root/"caltech101/labels.mat").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="labels.mat has 7 bytes, the official file"): download(archive, root)
-    with pytest.raises(ValueError, match="0002.jpg is not there"): download(replace(archive, files=(replace(file, holds=("caltech101/0002.jpg",)),)), root)
+    with pytest.raises(ValueError, match="0002.jpg is not there"):
+        download(replace(archive, files=(replace(file, holds=("caltech101/0002.jpg",)),)), root)
 
 
 def test_a_gone_archive_says_what_to_find_and_takes_it(server, tmp_path):
@@ -477,7 +506,8 @@ def test_a_gone_archive_says_what_to_find_and_takes_it(server, tmp_path):
     gone, kept = ARCHIVES["cars"].files[0], replace(ARCHIVES["cars"].files[2], url=server.url, size=len(server.content), checksum=sum_of(server.content))
     archive, root = replace(ARCHIVES["cars"], files=(replace(gone, size=len(image), checksum=sum_of(image)), kept)), tmp_path/"data"
     with pytest.raises(FileNotFoundError) as e: download(archive, root)
-    for part in ("cars_train.tgz", f"{len(image)}B", sum_of(image), str(root/"stanford_cars"), archive.homepage): assert part in str(e.value)
+    for part in ("cars_train.tgz", f"{len(image)}B", sum_of(image), str(root/"stanford_cars"), archive.homepage):
+        assert part in str(e.value)
     assert (root/"stanford_cars/devkit/cars_meta.mat").exists()  # what could be had is there
     (root/"stanford_cars/cars_train.tgz").write_bytes(image[:-1] + b"?")
     with pytest.raises(ValueError, match="cars_train.tgz has the md5"): download(archive, root)
@@ -488,7 +518,8 @@ def test_a_gone_archive_says_what_to_find_and_takes_it(server, tmp_path):
 
 def test_the_facts_of_the_files_are_well_formed():
     files = [f for a in ARCHIVES.values() for f in a.files]
-    assert all(re.fullmatch(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}", f.checksum) and f.size > 0 for f in files) and len({f.checksum for f in files}) == len(files)
+    assert all(re.fullmatch(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}", f.checksum) and f.size > 0 for f in files)
+    assert len({f.checksum for f in files}) == len(files)
     assert {a.name for a in ARCHIVES.values() if any(not f.url for f in a.files)} == {"cars", "sun397"}
     assert all(h.startswith(a.folder) for a in ARCHIVES.values() for f in a.files for h in f.holds)
     assert "download(" in how_to_get(ARCHIVES["food"], "data")

@@ -98,7 +98,7 @@ def test_upright_by_exif(tmp_path):
 
 
 def test_an_archive_of_full_size_becomes_a_dataset(tmp_path, monkeypatch):
-    "DTD: the smallest of those of which a well-known public loader takes train for test."
+    "DTD, because public code tests it on train."
     written = write_archive("dtd", tmp_path, images="tiny")
     data = load_dataset("dtd", 16, tmp_path)
     assert (len(data.train), len(data.test)) == data.info.counts == (3760, 1880)
