@@ -67,6 +67,7 @@ AIRCRAFT = Archive(
                 holds=("fgvc-aircraft-2013b/data",),
                 url=f"{OXFORD}/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"),))
 
+# %% ../../nbs/data/01_archives.ipynb #ef4078f2
 CUB = Archive(
     "cub", "CUB_200_2011", "https://www.vision.caltech.edu/datasets/cub_200_2011/",
     classes=200, train=5994, test=5794, metric="top1",
@@ -94,6 +95,7 @@ DTD = Archive(
     files=(File("dtd-r1.0.1.tar.gz", "dtd", 625239812, "md5:fff73e5086ae6bdbea199a49dfb8a4c1",
                 holds=("dtd/dtd/images", "dtd/dtd/labels"), url=f"{OXFORD}/dtd/download/dtd-r1.0.1.tar.gz"),))
 
+# %% ../../nbs/data/01_archives.ipynb #9f9f6a8a
 FOOD = Archive(
     "food", "food-101", "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
     classes=101, train=75750, test=25250, metric="top1",
@@ -183,19 +185,20 @@ def as_archive(name: str | Archive) -> Archive: # an `Archive` is returned as it
 # %% ../../nbs/data/01_archives.ipynb #99f54f9b
 def _bytes(size: int) -> str: return tqdm.format_sizeof(size, "B")
 
-def _find_copies(files: Iterable[File], root: Path) -> str: # what to put where
-    "Files by the folders they go into."
+def _what_goes_where(files: Iterable[File], root: Path) -> str:
+    "Files to find, by the folders they go into."
     by_folder = {}
     for f in files: by_folder.setdefault(f.into, []).append(f"{f.name} ({_bytes(f.size)}, {f.checksum})")
     return "; ".join(f"{', '.join(described)} into {root/folder}" for folder, described in by_folder.items())
 
+# %% ../../nbs/data/01_archives.ipynb #b9b6f1ce
 def how_to_get(archive: Archive, root: str | Path) -> str: # one sentence
     "How to get what is missing of an archive."
     fetched = f"`make datasets FETCH={archive.name}`, or `download({archive.name!r}, {str(root)!r})` in Python,"
     gone = [f for f in archive.files if not f.url and not f.extracted(root)]
     if not gone: return f"{fetched} gets it ({_bytes(sum(f.size for f in archive.files))})."
     return (f"its makers ({archive.homepage}) no longer serve all of it, so find a copy and put "
-            f"{_find_copies(gone, Path(root))}; then {fetched} checks and extracts it.")
+            f"{_what_goes_where(gone, Path(root))}; then {fetched} checks and extracts it.")
 
 # %% ../../nbs/data/01_archives.ipynb #fc79cbd5
 @cache
@@ -326,6 +329,7 @@ def _list_cars(folder: Path, labels: dict[str, int]) -> tuple[Listed, Listed]:
     train = split(folder/"devkit"/"cars_train_annos.mat", "cars_train")
     return train, split(folder/"cars_test_annos_withlabels.mat", "cars_test")
 
+# %% ../../nbs/data/01_archives.ipynb #3035b4fd
 def _list_dogs(folder: Path, labels: dict[str, int]) -> tuple[Listed, Listed]:
     def split(path):
         files, numbers = _mat(path, "file_list", "labels")
@@ -346,13 +350,14 @@ def _list_flowers(folder: Path, labels: dict[str, int]) -> tuple[Listed, Listed]
     def split(ids): return [(f"jpg/image_{i:05}.jpg", label(i)) for i in ids]
     return split([*train, *val]), split(test)
 
-# %% ../../nbs/data/01_archives.ipynb #61d998fe
+# %% ../../nbs/data/01_archives.ipynb #559e4bf9
 CALTECH_SEED = 0 # assumed: the paper does not state its draw
 CALTECH_SHOTS = 30 # the 3,030 of the paper's Table 4 are 30 for each of 101 classes
 
 def _drawn(files: Iterable[str]) -> list[str]: # in the order of the draw
     return sorted(files, key=lambda f: (stable_hash("caltech101", CALTECH_SEED, f), f))
 
+# %% ../../nbs/data/01_archives.ipynb #61d998fe
 def _list_caltech101(folder: Path, labels: dict[str, int]) -> tuple[Listed, Listed]:
     images = folder/"101_ObjectCategories"
     if not images.is_dir(): raise FileNotFoundError(f"{images} is missing: {AGAIN}.")
@@ -501,12 +506,13 @@ def verify(path: str | Path, # a file
     with open(path, "rb") as f: digest = hashlib.file_digest(f, new_hash).hexdigest()
     if digest != expected: raise wrong(f"the {kind} {digest}", expected)
 
-# %% ../../nbs/data/01_archives.ipynb #b5ea375e
+# %% ../../nbs/data/01_archives.ipynb #2726df53
 def _request(url: str, have: int) -> urllib.request.Request: # have: bytes that are here already
     headers = {"User-Agent": "bridgexfer", "Accept-Encoding": "identity"}
     if have: headers["Range"] = f"bytes={have}-"
     return urllib.request.Request(url, headers=headers)
 
+# %% ../../nbs/data/01_archives.ipynb #b5ea375e
 def _stream(url: str, part: Path, size: int): # size: bytes that the file should have
     "Append what is missing of a file."
     have = part.stat().st_size if part.exists() else 0
@@ -534,6 +540,7 @@ def _stop(error: Exception, url: str, path: Path, checksum: str):
         raise FileNotFoundError(f"{url} is gone ({error.code} {error.reason}): "
                                 f"find a copy with {checksum} and put it at {path}.") from None
 
+# %% ../../nbs/data/01_archives.ipynb #1750aef4
 def _finish(part: Path, path: Path, size: int, checksum: str) -> Path:
     "Give a download its name, or remove it."
     try: verify(part, size, checksum)
@@ -597,11 +604,13 @@ def _accepted(members: Iterable, # of an archive
         if _leaves_folder(name): raise _hostile(path, name, "leaves its folder")
         yield member
 
-# %% ../../nbs/data/01_archives.ipynb #b5d5c348
+# %% ../../nbs/data/01_archives.ipynb #6bead4ff
 def _content_only(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
     "tarfile's data filter, without modes and times."
+    if not hasattr(tarfile, "data_filter"): raise RuntimeError("Python 3.11.4 or newer is needed to extract safely.")
     return tarfile.data_filter(member, folder).replace(mode=None, mtime=None, deep=False)
 
+# %% ../../nbs/data/01_archives.ipynb #b5d5c348
 def _unpack(path: Path, folder: Path, **limits: int):
     "Write an archive's members below a folder."
     def accepted(members, about):
@@ -614,12 +623,13 @@ def _unpack(path: Path, folder: Path, **limits: int):
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as e:
         raise ValueError(f"{path} is damaged ({e}): delete it and get it again.") from None
 
-# %% ../../nbs/data/01_archives.ipynb #9938d72b
+# %% ../../nbs/data/01_archives.ipynb #9766a1b6
 def _settle(source: Path, target: Path):
     "Move a file or folder to its place; folders that exist are joined."
     if not (source.is_dir() and target.is_dir()): return source.replace(target)
     for p in sorted(source.iterdir()): _settle(p, target/p.name)
 
+# %% ../../nbs/data/01_archives.ipynb #9938d72b
 def extract(archive_file: str | Path, # .tar, .tar.gz, .tgz or .zip
             folder: str | Path, # where its members go
             limit_bytes: int = 2**37, # of all members
