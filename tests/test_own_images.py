@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import DatasetCard, constants
 from PIL import Image
 
 from bridgexfer.artefacts import PACKAGE
@@ -120,11 +120,11 @@ def test_a_set_travels(tmp_path): # to a machine without its model, and the card
     (there/"spec.json").write_text(json.dumps({**spec, "model": "/a/model/that/is/gone"}))
     moved = SyntheticSet(there)
     assert not moved.verify() and len(moved.images(4)) == 8
-    text = (there/"README.md").read_text()
-    head = json.loads(text.split("---")[1])
-    assert head["license"] == "apache-2.0" and "synthetic" in head["tags"]
+    text = (there/"README.md").read_text(encoding="utf-8")
+    head = DatasetCard(text).data
+    assert head.license == "apache-2.0" and "synthetic" in head.tags
     for word in ("repeated pictures", "No safety checker", "all images come from ImageNet", "what the prompt asked for", made.spec.weights): assert word in text
-    assert "license\": \"unknown" in card(moved.spec, 4) # a model that is not at hand
+    assert card(moved.spec, 4).data.license == "unknown" # a model that is not at hand
 
 
 WEIRD = ("a;touch pwned", "$(touch pwned)", "it's `touch pwned`", "-rf", "two  words")
