@@ -137,6 +137,13 @@ def _orders(generators: list[torch.Generator], # H
     "One pass of each head over the rows, in batches of nearly equal size."
     return torch.stack([torch.randperm(n, generator=g) for g in generators]).tensor_split(parts, dim=1)
 
+# %% ../nbs/library/14_fixed_features.ipynb #d9eeb972
+def _parameters(starts: list[Head], # H
+                device: str,
+               ) -> list[list[nn.Parameter]]: # H times weight (C, d) and bias (C,)
+    "Heads as parameters to train."
+    return [[nn.Parameter(torch.tensor(p, dtype=torch.float32, device=device)) for p in start] for start in starts]
+
 # %% ../nbs/library/14_fixed_features.ipynb #35f7c502
 def _step(heads: list[list[nn.Parameter]], # H times weight (C, d) and bias (C,)
           opt: torch.optim.Optimizer,
@@ -186,7 +193,7 @@ def train_heads(x: np.ndarray, # (n, d) features
     _check_heads(x, y, specs, seeds, starts)
     x = torch.from_numpy(np.array(x, np.float32)).to(device)
     y = torch.from_numpy(np.array(y, np.int64)).to(device)
-    heads = [[nn.Parameter(torch.tensor(p, dtype=torch.float32, device=device)) for p in start] for start in starts]
+    heads = _parameters(starts, device)
     epochs = specs[0].epochs
     parts = -(-len(x) // specs[0].batch)
     opt, sched = _optimiser(heads, specs, epochs * parts)
@@ -230,8 +237,7 @@ class FixedSpec:
     def __post_init__(self):
         if self.pipeline not in FIXED_PIPELINES:
             raise ValueError(f"Unknown pipeline {self.pipeline!r} for heads: choose {', '.join(FIXED_PIPELINES)}.")
-        if self.pipeline == "vanilla" and self.bridge:
-            raise ValueError(f"Pipeline 'vanilla' has no bridge, got {self.bridge!r}.")
+        if self.pipeline == "vanilla" and self.bridge: raise ValueError("Pipeline 'vanilla' has no bridge: omit it.")
         if self.pipeline != "vanilla" and not self.bridge:
             raise ValueError(f"Pipeline {self.pipeline!r} needs the hash of its bridge.")
 

@@ -209,6 +209,7 @@ def rank_correlation(scores: np.ndarray, # (n,) of models, on one dataset
 # %% ../nbs/library/13_scores.ipynb #a3701337
 HEADS = ("source", "fresh", "synthetic", "constant")
 
+# %% ../nbs/library/13_scores.ipynb #947452c3
 @dataclass(frozen=True)
 class LeepSpec:
     "What is scored: which model, with which head, on the real training split of which dataset."
