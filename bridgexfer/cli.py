@@ -81,10 +81,15 @@ def leep(args):
     import pandas as pd
     from bridgexfer.backbones import create_backbone
     from bridgexfer.data.registry import load_dataset
+    from bridgexfer.evaluation import features, predict
     from bridgexfer.scores import score
     s = _settings(args)
     data, device = load_dataset(args.dataset, s.stored_size, s.data_dir), _device(args)
-    table = pd.DataFrame([{"backbone": a, **score(create_backbone(a), data.train, a, device)} for a in args.arch or s.archs]).sort_values("leep", ascending=False)
+    def scores_of(arch):
+        model = create_backbone(arch)
+        probabilities = predict(model, data.train, arch, device=device)
+        return score(probabilities, features(model, data.train, arch, device=device), data.train.labels, len(data.train.names))
+    table = pd.DataFrame([{"backbone": a, **scores_of(a)} for a in args.arch or s.archs]).sort_values("leep", ascending=False)
     return 0, table.to_dict("records"), table.round(3).to_string(index=False)
 
 def transfer(args):
