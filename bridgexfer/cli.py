@@ -46,21 +46,20 @@ def key_values(words: list[str] | None) -> dict[str, str]: # words: such as "gui
     return dict(w.split("=", 1) for w in words or ())
 
 # %% ../nbs/apps/01_cli.ipynb #13dae388
-def _settings(dataset: str, profile: str | None, words: list[str] | None, **options): # of `own_settings`
+def _own_study(dataset: str, profile: str | None, words: list[str] | None, **options): # of `own_study`
     "The profile that the options name, with their changes."
-    from bridgexfer.own_images import own_settings
+    from bridgexfer.own_images import own_study
     named = {k: v for k, v in options.items() if v is not None}
-    return own_settings(dataset, profile, **{**named, **key_values(words)})
+    return own_study(dataset, profile, **{**named, **key_values(words)})
 
 # %% ../nbs/apps/01_cli.ipynb #7f811a3c
 def _device(name: str | None) -> str:
     import torch
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
-def _notice(settings) -> None: # licence of the text-to-image model
+def _notice(study) -> None: # licence of the text-to-image model
     from bridgexfer.models import notice
-    from bridgexfer.study.grid import model_of
-    if text := notice(model_of(settings)): print(text, file=sys.stderr)
+    if text := notice(study.model): print(text, file=sys.stderr)
 
 # %% ../nbs/apps/01_cli.ipynb #eea9b212
 def _answer(code: int, value, text: str, as_json: bool) -> int: # value: for JSON; returns the code
@@ -86,8 +85,8 @@ Fetch = Annotated[list[str] | None, _option(
 def datasets(fetch: Fetch = None, profile: Profile = None, as_json: AsJson = False) -> int:
     "The paper's ten datasets: found or not, where, how many images, what to do; --fetch downloads what can be had."
     from bridgexfer.data.archives import archive_table, archive_text, download
-    from bridgexfer.study.settings import load_settings
-    root = load_settings(profile).data_dir
+    from bridgexfer.study.grid import Study
+    root = Study(profile).data_dir
     for name in fetch or (): download(name, root)
     return _answer(0, archive_table(root), archive_text(root), as_json)
 
@@ -98,12 +97,10 @@ def invert(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mode
            profile: Profile = None, as_json: AsJson = False) -> int:
     "Learn a token for a dataset's style (section 4.3)."
     from bridgexfer.artefacts import read_json
-    from bridgexfer.data.registry import load_dataset
     from bridgexfer.own_images import own_token
-    s = _settings(dataset, profile, settings, images=images, seeds=seeds, model=model)
-    _notice(s)
-    data = load_dataset(dataset, s.stored_size, s.data_dir)
-    folder = own_token(s, data, s.seeds[0], _device(device))
+    study = _own_study(dataset, profile, settings, images=images, seeds=seeds, model=model)
+    _notice(study)
+    folder = own_token(study, study.load(dataset), study.settings.seeds[0], _device(device))
     steps = read_json(folder/"inversion.json")["spec"]["steps"]
     text = f"Style token of {dataset}: {folder} ({steps} steps); diffusers opens it with pipe.load_textual_inversion."
     return _answer(0, {"folder": str(folder), "steps": steps}, text, as_json)
@@ -115,14 +112,14 @@ def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
              export: Annotated[str | None, _option("FOLDER", "write image files too, a folder for each class")] = None,
              profile: Profile = None, as_json: AsJson = False) -> int:
     "Make the synthetic images of a dataset's classes."
-    from bridgexfer.data.registry import dataset_info, load_dataset
+    from bridgexfer.data.registry import dataset_info
     from bridgexfer.datasets import Dataset
     from bridgexfer.own_images import own_runs, own_set
-    s = _settings(dataset, profile, settings, images=images, seeds=seeds, model=model)
-    _notice(s)
-    data = load_dataset(dataset, s.stored_size, s.data_dir) if style else Dataset(dataset_info(dataset), None, None)
-    made = own_set(s, data, own_runs(s, style)[1], _device(device))
-    if export: made.export(export, s.images)
+    study = _own_study(dataset, profile, settings, images=images, seeds=seeds, model=model)
+    _notice(study)
+    data = study.load(dataset) if style else Dataset(dataset_info(dataset), None, None)
+    made = own_set(study, data, own_runs(study, style)[1], _device(device))
+    if export: made.export(export, study.settings.images)
     value = {"folder": str(made.folder), "classes": len(made.spec.names), "per_class": made.per_class, "export": export}
     return _answer(0, value, f"{made}, exported to {export}" if export else str(made), as_json)
 
@@ -152,11 +149,10 @@ def leep(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model:
     "Score how well backbones, as they were pre-trained, fit a dataset: higher is better."
     import pandas as pd
     from bridgexfer.backbones import create_backbone
-    from bridgexfer.data.registry import load_dataset
     from bridgexfer.scores import score
-    s = _settings(dataset, profile, settings, images=images, seeds=seeds, model=model)
-    data = load_dataset(dataset, s.stored_size, s.data_dir)
-    scores = [{"backbone": a, **score(create_backbone(a), data.train, a, _device(device))} for a in arch or s.archs]
+    study = _own_study(dataset, profile, settings, images=images, seeds=seeds, model=model)
+    data = study.load(dataset)
+    scores = [{"backbone": a, **score(create_backbone(a), data.train, a, _device(device))} for a in arch or study.archs]
     table = pd.DataFrame(scores).sort_values("leep", ascending=False)
     return _answer(0, table.to_dict("records"), table.round(3).to_string(index=False), as_json)
 
@@ -168,10 +164,10 @@ def _new_folder(path: str) -> Path:
     return out
 
 # %% ../nbs/apps/01_cli.ipynb #a834e560
-def _rates(settings, data, arch: str, **how) -> dict[str, float]: # pipeline -> learning rate; how: of `own_rates`
+def _rates(study, data, arch: str, **how) -> dict[str, float]: # pipeline -> learning rate; how: of `own_rates`
     from bridgexfer.own_images import PIPELINES_COMPARED, own_rates
-    if settings.lr != "tuned": return dict.fromkeys(PIPELINES_COMPARED, settings.lr)
-    return own_rates(settings, data, arch, **how).lr.to_dict()
+    lr = study.settings.lr
+    return own_rates(study, data, arch, **how).lr.to_dict() if lr == "tuned" else dict.fromkeys(PIPELINES_COMPARED, lr)
 
 # %% ../nbs/apps/01_cli.ipynb #9f3cb6a4
 def _result(outcome, out: Path) -> tuple[dict[str, object], str]: # a JSON value, and the same as text
@@ -194,31 +190,26 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
              profile: Profile = None, as_json: AsJson = False) -> int:
     "Fine-tune with and without synthetic images, compare on the test images, keep the better classifier."
     from bridgexfer.data.check import check_folder
-    from bridgexfer.data.registry import load_dataset
     from bridgexfer.own_images import compare_own, save_outcome
     from bridgexfer.synthetic_sets import SyntheticSet
     folder = _new_folder(out)
     if Path(dataset).is_dir() and not (report := check_folder(dataset)).ok:
         text = f"{report.text()}\nRepair these first; nothing was trained."
         return _answer(1, {"check": report.to_dict()}, text, as_json)
-    s = _settings(dataset, profile, settings, images=images, seeds=seeds, model=model)
+    study = _own_study(dataset, profile, settings, images=images, seeds=seeds, model=model)
     given = SyntheticSet(synthetic) if synthetic else None
-    if not given: _notice(s)
-    data = load_dataset(dataset, s.stored_size, s.data_dir)
+    if not given: _notice(study)
+    data = study.load(dataset)
     how = dict(style=style, given=given, device=_device(device))
-    arch = arch or s.archs[0]
-    outcome = compare_own(s, data, arch, _rates(s, data, arch, **how), **how)
-    save_outcome(outcome, s, folder)
+    arch = arch or study.archs[0]
+    outcome = compare_own(study, data, arch, _rates(study, data, arch, **how), **how)
+    save_outcome(outcome, study, folder)
     return _answer(0, *_result(outcome, folder), as_json)
 
 # %% ../nbs/apps/01_cli.ipynb #aa8f2b6f
-def _study(words: list[str] | None): # of `load_settings`; tables of other settings than the file's are kept apart
-    from bridgexfer.study.settings import load_settings
-    changes = key_values(words)
-    profile = changes.pop("profile", None)
-    runs = changes.get("runs") or load_settings(profile).runs
-    if any(changes.values()): changes = {"figures": f"{runs}/figures", **changes}
-    return load_settings(profile, **changes)
+def _study(words: list[str] | None):
+    from bridgexfer.study.grid import Study
+    return Study(**key_values(words))
 
 # %% ../nbs/apps/01_cli.ipynb #a2d60541
 @app.command()

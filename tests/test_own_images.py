@@ -5,7 +5,6 @@ import resource
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from bridgexfer.data.registry import load_dataset
 from bridgexfer.datasets import Dataset
 from bridgexfer.generation import synthesis_spec
 from bridgexfer.images import as_images
-from bridgexfer.own_images import own_images, own_rates, own_runs, own_settings
+from bridgexfer.own_images import own_images, own_rates, own_runs, own_study
 from bridgexfer.synthetic_sets import SyntheticSet, card, generate
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +41,7 @@ def folder(tmp_path): return write(tmp_path/"my digits")
 
 
 @pytest.fixture
-def settings(folder, tmp_path): return own_settings(str(folder), "miniature", runs=str(tmp_path/"runs"), **SMALL)
+def study(folder, tmp_path): return own_study(str(folder), "miniature", runs=str(tmp_path/"runs"), **SMALL)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -135,13 +134,13 @@ def test_nothing_is_trained_while_the_folder_has_errors(folder, tmp_path, capsys
     assert "leak" in capsys.readouterr().out and not out.exists() and not runs.exists()
 
 
-def test_rates_are_chosen_without_the_test_images(settings, folder, tmp_path):
-    data = load_dataset(str(folder), settings.stored_size)
-    rates = own_rates(settings, data, "mini_resnet10")
+def test_rates_are_chosen_without_the_test_images(study, folder, tmp_path):
+    data = study.load(str(folder))
+    rates = own_rates(study, data, "mini_resnet10")
     assert {"vanilla", "bridged_pp"} == set(rates.index)
     pixels = np.random.default_rng(0).integers(256, size=data.test.pixels.shape)
     noise = as_images(pixels, data.test.labels, data.info.names)
-    other = replace(settings, values={**settings.values, "runs": str(tmp_path/"other")})
+    other = own_study(str(folder), "miniature", runs=str(tmp_path/"other"), **SMALL)
     assert own_rates(other, Dataset(data.info, data.train, noise), "mini_resnet10").equals(rates)
 
 
@@ -150,11 +149,11 @@ def ones_and_sevens(root, shard, **how):
     return generate(spec, root, shard, progress=False, **how)
 
 
-def test_a_set_of_other_classes_is_rejected(settings, folder, tmp_path):
-    data = load_dataset(str(folder), settings.stored_size)
+def test_a_set_of_other_classes_is_rejected(study, folder, tmp_path):
+    data = study.load(str(folder))
     other = ones_and_sevens(tmp_path/"sets", 8)
     with pytest.raises(ValueError, match="one, seven.*one, three.*must agree"):
-        own_images(settings, data, own_runs(settings)[1], given=other)
+        own_images(study, data, own_runs(study)[1], given=other)
 
 
 def test_a_set_travels(tmp_path): # to a machine without its model, and the card says what to beware of
@@ -179,8 +178,7 @@ WEIRD = ("a;touch pwned", "$(touch pwned)", "it's `touch pwned`", "-rf", "two  w
 def test_names_reach_no_shell(name, tmp_path, monkeypatch):
     folder = write(tmp_path/name, (2, 1), ("one", "three"))
     monkeypatch.chdir(ROOT)
-    s = own_settings(str(folder), "smoke", runs=str(tmp_path/"runs"))
-    assert s.datasets == (str(folder),)
+    assert own_study(str(folder), "smoke", runs=str(tmp_path/"runs")).datasets == (str(folder),)
     small = ["--profile", "smoke", "--images", "20", "--set", f"runs={tmp_path}/runs"]
     assert main(["generate", str(folder), *small, "--export", str(tmp_path/"out")]) == 0
     assert sorted(p.name for p in (tmp_path/"out").iterdir()) == ["000-one", "001-three"]
