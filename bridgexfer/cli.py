@@ -180,7 +180,7 @@ def _result(outcome, out: Path) -> tuple[dict[str, object], str]: # a JSON value
 # %% ../nbs/apps/01_cli.ipynb #49ba4d49
 Backbone = Annotated[str | None, _option(
     "NAME", "the backbone: a name of bridgexfer or of timm (default: profile's first)")]
-Given = Annotated[str | None, _option("SET", "use this synthetic set, whoever made it, and generate none")]
+Given = Annotated[str | None, _option("SET", "use this synthetic set, from any generator, and generate none")]
 
 @app.command()
 def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model: Model = None,
