@@ -7,20 +7,21 @@ __all__ = ['CORRECTED', 'TASK', 'MARKS', 'Rows', 'ROWS', 'BY', 'HOW_TO_READ', 'T
            'printed', 'quoted', 'paper_classes', 'percent', 'differences', 'measured', 'against', 'ordered', 'only',
            'blocks', 'contrast', 'plus_minus', 'mean_text', 'gap', 'label', 'named', 'wide', 'listing', 'say',
            'show_measured', 'show_block', 'show_table', 'beside', 'plus_minus_printed', 'counted', 'span', 'listed',
-           'ran', 'compared', 'Claim', 'agrees', 'judge_block', 'judge', 'standing', 'conclude', 'show_claims',
-           'chance', 'caution', 'Examples', 'spaced', 'real_examples', 'made_examples']
+           'subject', 'ran', 'compared', 'Claim', 'agrees', 'judge_block', 'judge', 'standing', 'conclude',
+           'show_claims', 'chance', 'caution', 'Examples', 'spaced', 'real_examples', 'made_examples']
 
 # %% ../../nbs/study/04_report.ipynb #1b5fe307
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 from ..images import Images
 from ..statistics import VERDICTS, Difference, compare, interval, summary, tally
 from .records import short_name, shots_label
 from ..transfer import pipeline
+if TYPE_CHECKING: from bridgexfer.study.grid import Study
 
 # %% ../../nbs/study/04_report.ipynb #daddb9dd
 def published(table: str, # "tab1" to "tab7", or "text" for numbers that are in no table
@@ -42,7 +43,8 @@ def printed(table: str, # "tab1" to "tab6"
     "A table as the paper prints it."
     frame = published(table)
     wide = frame.pivot(index="row", columns="dataset", values=column)
-    return wide.reindex(index=frame["row"].unique(), columns=frame["dataset"].unique())
+    wide = wide.reindex(index=frame["row"].unique(), columns=frame["dataset"].unique())
+    return wide.rename_axis(index=None, columns=None)
 
 # %% ../../nbs/study/04_report.ipynb #3220d997
 def quoted() -> pd.Series: # by (dataset, row)
@@ -305,19 +307,29 @@ def listed(datasets: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(map(short_name, datasets)))
 
 # %% ../../nbs/study/04_report.ipynb #037a7f4d
+def subject(study: "Study",
+            sweep: str, # that a setting limits to some datasets, such as `volume_datasets`
+           ) -> list[str]: # datasets
+    "The datasets that a page is about."
+    datasets = list(study.datasets_of(sweep))
+    if datasets: return datasets
+    raise ValueError(f"No dataset of the profile {study.settings.profile!r} is in `{sweep}_datasets`: name some in "
+                     "settings.ini, and run `make paper`.")
+
+# %% ../../nbs/study/04_report.ipynb #5a302930
 TESTED = "Accuracy is in %, on the whole test split, after the last epoch; nothing was chosen on it."
 
-def ran(profile: str, # its name
+def ran(study: "Study",
         runs: pd.DataFrame, # records
         *details: str, # what else was the same in all of them
-        how: str = TESTED, # what the numbers are
+        how: str = TESTED, # what was measured
         thing: str = "run", # what a record is of
        ) -> str: # Markdown
     "What was run."
     seeds = ", ".join(map(str, sorted(runs["seed"].unique())))
     said = "; ".join([counted(len(runs), thing), f"seeds {seeds}", *details])
-    return (f"**What was run** (profile *{profile}*): {said}. {how} The rest of this page is computed from these "
-            "records; every sentence that depends on a measurement is written by code.")
+    return (f"**What was run** (profile *{study.settings.profile}*): {said}. {how} The rest of this page is computed "
+            "from these records; every sentence that depends on a measurement is written by code.")
 
 # %% ../../nbs/study/04_report.ipynb #66b3401c
 def compared(cases: pd.DataFrame, # verdict and difference of each
