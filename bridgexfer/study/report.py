@@ -335,10 +335,9 @@ def ran(study: "Study",
 def compared(cases: pd.DataFrame, # verdict and difference of each
              what: str, # the subject
              against: str = "vanilla",
-             thing: str = "dataset", # what a case is
+             things: str = "datasets", # what the cases are
             ) -> str:
     "In how many cases something is better or worse, and the mean difference."
-    things = thing if len(cases) == 1 else f"{thing}s"
     return f"{what} is {tally(cases['verdict'], things, against)}; on average {cases['difference'].mean():+.1f} points."
 
 # %% ../../nbs/study/04_report.ipynb #df0e1e5c
