@@ -64,7 +64,7 @@ test-all: $(STAMP) ## the same, and every job and paper notebook, faults, a mode
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported, links
-	@$(RUN) python -m pytest tests/test_project.py -k "not runs and not readme"
+	@$(RUN) python -m pytest tests/test_project.py tests/test_style.py -k "not runs and not readme"
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab nbs

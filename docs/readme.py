@@ -36,4 +36,4 @@ def readme() -> str: # Markdown
 if __name__ == "__main__":
     markdown = readme()
     if "--check" not in sys.argv[1:]: README.write_text(markdown)
-    elif markdown != README.read_text(): sys.exit("README.md differs from what nbs/index.ipynb gives: run `make readme`.")
+    elif markdown != README.read_text(): sys.exit("README.md is not what nbs/index.ipynb gives: run `make readme`.")
