@@ -91,6 +91,14 @@ def test_exported_cells_are_short():
 
 # ---- wings
 
+def relative_imports(tree, package):
+    "The modules that a module of a package imports; package: names below bridgexfer."
+    for n in ast.walk(tree):
+        if not isinstance(n, ast.ImportFrom) or not n.level: continue
+        above = package[:len(package) + 1 - n.level]
+        yield from (".".join([*above, part]) for part in ([n.module] if n.module else [a.name for a in n.names]))
+
+
 def test_modules_import_only_what_comes_before_them():
     library = [p for p in LIBRARY if p.parent.name == "library"]
     others = [p for p in LIBRARY if p.parent.name != "library"]
@@ -99,10 +107,7 @@ def test_modules_import_only_what_comes_before_them():
     assert len(order) == len(set(order)) > 25
     for place, module in enumerate(order):
         tree = ast.parse((PACKAGE/f"{module.replace('.', '/')}.py").read_text())
-        imported = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
-        package = module.split(".")[:-1]
-        names = {".".join([*package[:len(package) + 1 - n.level], n.module or ""]) for n in imported}
-        late = names & set(order[place:])
+        late = set(relative_imports(tree, module.split(".")[:-1])) & set(order[place:])
         assert not late, f"{module} imports {', '.join(late)}, which comes later"
 
 
