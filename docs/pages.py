@@ -159,7 +159,9 @@ def page(path: Path) -> str: # JSON
     "The notebook that Sphinx reads."
     place, cells = path.relative_to(NBS), cells_of(path)
     note = f"This page is the notebook {{download}}`nbs/{place} </../nbs/{place}>`; `make lab` opens it."
-    if path.stem == "index": cells.append(new_markdown_cell((ROOT/"docs/contents.md").read_text()))
+    if path.stem == "index":
+        for c in cells: c.source = c.source.replace("(../CONTRIBUTING.md)", "(contributing.md)") # a page of the site
+        cells.append(new_markdown_cell((ROOT/"docs/contents.md").read_text()))
     else: cells[0].source += f"\n\n```{{container}} notebook\n{note}\n```"
     if place.parts[0] in ("paper", "benchmarks"): cells = [cells[0], *measured(path), *folded(cells[1:])]
     return nbformat.writes(new_notebook(cells=cells, metadata=METADATA))
