@@ -66,8 +66,8 @@ def test_pets_are_sorted_whatever_the_case_and_cats_are_written_with_a_capital()
     source = column("pets", "source")
     assert source == sorted(source, key=str.lower)
     assert [s for s in source if s[0].isupper()] == [
-        "Abyssinian", "Bengal", "Birman", "Bombay", "British_Shorthair", "Egyptian_Mau", "Maine_Coon", "Persian", "Ragdoll",
-        "Russian_Blue", "Siamese", "Sphynx"]
+        "Abyssinian", "Bengal", "Birman", "Bombay", "British_Shorthair", "Egyptian_Mau", "Maine_Coon", "Persian",
+        "Ragdoll", "Russian_Blue", "Siamese", "Sphynx"]
 
 
 def test_cars_are_grouped_by_make_and_end_with_their_year():
@@ -97,10 +97,11 @@ def test_flowers_are_those_of_torchvision():
     datasets = pytest.importorskip("torchvision.datasets")
     if not hasattr(datasets.Flowers102, "classes"): pytest.skip("this torchvision does not list the flowers")
     corrected = {"barbeton daisy": "barberton daisy", "pink-yellow dahlia?": "pink-yellow dahlia"}
-    assert [n.casefold() for n in column("flowers", "name")] == [corrected.get(c, c) for c in datasets.Flowers102.classes]
+    expected = [corrected.get(c, c) for c in datasets.Flowers102.classes]
+    assert [n.casefold() for n in column("flowers", "name")] == expected
 
 
-# Known from the papers and documents of the datasets and from ImageNet's list: (dataset, label, source, name).
+# Known from the datasets' papers and documents and from ImageNet's list: (dataset, label, source, name).
 ANCHORS = [
     ("aircraft", 0, "707-320", "707-320"),
     ("aircraft", 72, "F-16A/B", "F-16A/B"),
