@@ -84,7 +84,7 @@ def leep(args):
     from bridgexfer.scores import score
     s = _settings(args)
     data, device = load_dataset(args.dataset, s.stored_size, s.data_dir), _device(args)
-    table = pd.DataFrame([{"backbone": a, **score(create_backbone(a), data.train, a, device)} for a in args.arch or s.archs]).sort_values("leep", ascending=False)
+    table = pd.DataFrame([{"backbone": a, **score(create_backbone(a), data.train, device)} for a in args.arch or s.archs]).sort_values("leep", ascending=False)
     return 0, table.to_dict("records"), table.round(3).to_string(index=False)
 
 def transfer(args):

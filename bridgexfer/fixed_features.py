@@ -186,8 +186,8 @@ def fixed_transfer(specs: list, # FixedSpecs on the same features, which differ 
     "Train the heads of several runs together and measure each after its last epoch."
     _sources(specs, train, test, bridge)
     started, s, classes = time(), specs[0], len(train.names)
-    model = load_bridge(bridge, s.arch, classes) if bridge else create_backbone(s.arch, classes)
-    x, z = (cached_features(root, FeatureSpec(s.arch, s.bridge or s.backbone, i.digest), lambda: features(model, i, s.arch, device=device)) for i in (train, test))
+    model = load_bridge(bridge, classes) if bridge else create_backbone(s.arch, classes)
+    x, z = (cached_features(root, FeatureSpec(s.arch, s.bridge or s.backbone, i.digest), lambda: features(model, i, device=device)) for i in (train, test))
     own, model = head_of(model), model.cpu()
     starts = [own if s.pipeline == "bridged" else head_of(reset_head(model, classes, stable_hash(s.seed, "head"))) for s in specs]
     recipes = [HeadSpec(s.lr, s.epochs, s.batch, s.momentum, s.weight_decay) for s in specs]

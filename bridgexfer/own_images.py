@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 from .artefacts import digest, spec_hash, write_json
-from .backbones import backbone, input_stats
+from .backbones import input_config
 from .data.registry import dataset_info
 from .datasets import Dataset, hold_out
 from .finetune import NonFiniteLoss
@@ -187,8 +187,8 @@ def save_outcome(outcome: Outcome,
     from timm.models import save_for_hf
     folder, o, model = Path(folder), outcome, outcome.model.to(memory_format=torch.contiguous_format)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise FileExistsError(f"{folder} is not an empty folder: give a new one.")
-    size, stats = backbone(o.arch).size, input_stats(o.arch)
-    how = dict(input_size=(3, size, size), crop_pct=size / settings.stored_size, interpolation="bicubic", **{k: tuple(v) for k, v in stats.items()})
+    size, mean, std = input_config(model)
+    how = dict(input_size=(3, size, size), crop_pct=size / settings.stored_size, interpolation="bicubic", mean=mean, std=std)
     made = {"verdict": o.verdict(), "winner": o.winner, "difference": o.difference, "pipelines": o.table.reset_index().to_dict("records"), "run": {k: o.run[k] for k in ("hash", "spec", "made")}}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as tmp:

@@ -147,12 +147,11 @@ def rank_correlation(scores: np.ndarray, # (n,) of models, on one dataset
 # %% ../nbs/library/13_scores.ipynb #855f1951
 def score(model: nn.Module, # a timm model with the head to be scored
           images: Images, # of a training split
-          arch: str, # whose size and normalisation apply
           device: str = "cpu",
          ) -> dict: # leep, logme, h_score
     "The three scores of a model on labelled images; higher is better."
     y, classes = images.labels, len(images.names)
-    theta, found = predict(model, images, arch, device=device), features(model, images, arch, device=device)
+    theta, found = predict(model, images, device=device), features(model, images, device=device)
     return {"leep": leep(theta, y, classes), "logme": log_me(found, y, classes), "h_score": h_score(found, y, classes, shrink=True)}
 
 # %% ../nbs/library/13_scores.ipynb #a3701337
