@@ -36,19 +36,16 @@ env: $(STAMP) ## the environment in .venv, from requirements.lock; made once, an
 
 study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10
 	@$(WORKFLOW) study $(WITH)
-	@$(RUN) python -c 'import os; from bridgexfer.study.records import show_table; from bridgexfer.study.settings import load_settings; \
-	  figures = os.path.relpath(load_settings("$(strip $(PROFILE))", figures="$(if $(NARROW),runs/figures)").figures_dir); \
-	  print(); print(show_table(f"{figures}/tab2_pipelines.csv")); print(f"\nTables and figures: {figures}")'
+	@$(RUN) bridgexfer table $(CONFIG)
 
-paper: $(STAMP) ## every table and figure, and the controls (90 minutes on two cores; stop it and call it again as you like)
+paper: $(STAMP) ## every table and figure, and the controls (90 minutes on two cores; stop it and run it again as you like)
 	@$(WORKFLOW) paper $(WITH)
 
 plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk, as in: make plan PROFILE=paper
-	@$(RUN) python -c 'import sys; from bridgexfer.study.costs import plan_text; from bridgexfer.study.settings import load_settings; \
-	  print(plan_text(load_settings(**dict(word.split("=", 1) for word in sys.argv[1:]))))' $(CONFIG)
+	@$(RUN) bridgexfer plan $(CONFIG)
 
 provenance: $(STAMP) ## from a number back to its runs, notebooks and commands: make provenance RESULT="tab2_pipelines digits bridged_pp shots=0"
-	@$(RUN) python -c 'import sys; from bridgexfer.study.provenance import show; sys.exit(show(*sys.argv[1:]))' '$(strip $(RESULT))' '$(strip $(PROFILE))'
+	@$(RUN) bridgexfer provenance '$(strip $(RESULT))' $(if $(strip $(PROFILE)),--profile "$(strip $(PROFILE))")
 
 tune: $(STAMP) ## choose the learning rates on validation data: Table 5, which `make study` reads
 	@$(WORKFLOW) learning_rates $(WITH)
@@ -107,16 +104,16 @@ bench: $(STAMP) ## ours beside what others do, in turn, and how time and memory 
 	$(if $(filter cpu,$(strip $(DEVICE))),$(call bench,sharing))
 	$(if $(filter cpu,$(strip $(DEVICE))),$(call bench,growth))
 
-# The sizes stand in settings.ini, section [weights].
-size  = $(shell sed -n 's/^$(1)  *= *\([0-9]*\).*/\1/p' settings.ini)
+# The sizes at which the shipped weights were trained.
+WEB_IMAGES = 40000
 build = @mkdir -p runs/weights && $(RUN) papermill --engine ipc --log-output nbs/miniature/$(1).ipynb runs/weights/$(1).ipynb \
-  -p out "$(CURDIR)/bridgexfer/weights" $(if $(2),-p images $(call size,web_images) -p steps $(call size,$(2)))
+  -p out "$(CURDIR)/bridgexfer/weights" $(if $(2),-p images $(WEB_IMAGES) -p steps $(2))
 
 miniature: $(STAMP) ## train the shipped weights again (hours on two cores); everything made with the old ones is made anew
-	$(call build,01_clip,clip_steps)
-	$(call build,02_vae,vae_steps)
-	$(call build,03_unet,unet_steps)
-	$(call build,04_backbones,backbone_steps)
+	$(call build,01_clip,1500)
+	$(call build,02_vae,1600)
+	$(call build,03_unet,10000)
+	$(call build,04_backbones,1500)
 	$(call build,05_generator)
 
 clean: ## remove the environment, not the runs

@@ -3,12 +3,13 @@ import time
 
 import pytest
 
-from bridgexfer.study.costs import Counter, H100, Rate, Rates, SD15, Target, Work, costs, show_plan, targets_of, work_of
-from bridgexfer.study.settings import load_settings
-from bridgexfer.study.grid import SWEEPS, datasets_of, groups_of, runs_of, sets_of
+from bridgexfer.study.costs import (H100, PassCounter, Rate, Rates, SD15, Target, Work, costs, show_plan, targets_of,
+                                    work_of)
+from bridgexfer.study.grid import FROM_REAL, Study
 from bridgexfer.transfer import Run
 
-TARGETS = {"digits": Target("digits", 10, 898, "digits"), "digits-photo": Target("digits-photo", 10, 898, "digits"), "greek": Target("greek", 24, 960, "greek")}
+TARGETS = {"digits": Target("digits", 10, 898, "digits"), "digits-photo": Target("digits-photo", 10, 898, "digits"),
+           "greek": Target("greek", 24, 960, "greek")}
 
 
 def images(work): return {w.sweep: w.images for w in work if w.images}
@@ -16,31 +17,31 @@ def images(work): return {w.sweep: w.images for w in work if w.images}
 
 def test_images_are_those_that_the_jobs_will_make():
     "Counted run by run, and summed over the sets that the generate jobs are asked for."
-    s = load_settings("miniature", lr="0.1")
-    groups = {g for sweep in SWEEPS for d in datasets_of(s, sweep) for g in groups_of(s, sweep, d)}
-    made = {}
-    for group, key in groups:
+    study, made = Study("miniature", lr="0.1"), {}
+    for (group, key), sets in study.all_sets.items():
+        place = key if group in FROM_REAL else f"vocabulary {key}"
         classes = 24 if key == "greek" else 10
-        for w, n in sets_of(s, group, key).items(): made[key if group in ("style", "class", "real_guidance") else f"vocabulary {key}", w] = max(made.get((f"vocabulary {key}", w), 0), n * classes)
-    assert sum(images(work_of(s, TARGETS)).values()) == sum(made.values())
+        for w, n in sets.items(): made[place, w] = max(made.get((place, w), 0), n * classes)
+    assert sum(images(work_of(study, TARGETS)).values()) == sum(made.values())
+
 
 
 def test_datasets_with_the_same_class_names_share_their_images():
-    s = load_settings("miniature", lr="0.1", datasets="digits digits-photo")
+    s = Study("miniature", lr="0.1", datasets="digits digits-photo")
     assert images(work_of(s, TARGETS))["core"] == 3 * 10 * 60
     apart = {n: Target(n, t.classes, t.train) for n, t in TARGETS.items()}
     assert images(work_of(s, apart))["core"] == 2 * 3 * 10 * 60
 
 
 def test_seeds_multiply_sets_only_if_they_own_them():
-    one, own = (images(work_of(load_settings("miniature", lr="0.1", set_per_seed=o), TARGETS)) for o in "01")
+    one, own = (images(work_of(Study("miniature", lr="0.1", set_per_seed=o), TARGETS)) for o in "01")
     assert own["core"] == 3 * one["core"] and own["volume"] == 3 * one["volume"]
     assert own["clip"] == one["clip"] # made from the seed's own images
 
 
 def test_tuning_has_a_set_of_its_own_where_seeds_have():
-    s = load_settings("miniature")
-    assert images(work_of(s, TARGETS))["tuning"] == 34 * s.images
+    s = Study("miniature")
+    assert images(work_of(s, TARGETS))["tuning"] == 34 * s.settings.images
     passes = {(w.sweep, w.of): w.passes for w in work_of(s, TARGETS) if w.passes}
     assert 0 < passes["tuning", "mini_vit"] < passes["tuning", "mini_resnet10"]
 
@@ -49,20 +50,24 @@ def test_tuning_has_a_set_of_its_own_where_seeds_have():
     ("vanilla", 0, 898 * 15), ("vanilla", 4, 40 * 60), ("mixed", 4, 640 * 10), ("bridged_pp", 4, 600 * 10 + 40 * 60),
     ("synthetic", 0, 600 * 10), ("vanilla_long", 4, 40 * (60 + 150))])
 def test_passes_of_a_run(pipeline, shots, passes):
-    count, run = Counter(load_settings("miniature")), Run(pipeline, shots, 0, 0 if pipeline == "vanilla" else 60)
+    count = PassCounter(Study("miniature"))
+    run = Run(pipeline, shots, 0, 0 if pipeline == "vanilla" else 60)
     assert count.passes(run, TARGETS["digits"], "mini_resnet10") == passes
     assert count.passes(run, TARGETS["digits"], "mini_resnet10") == 0 # it is recorded
 
 
 def test_bridges_are_trained_once_for_each_kind():
-    count, s = Counter(load_settings("miniature")), TARGETS["digits"]
-    first, other_head, mixup, fewer = (count.passes(Run(p, k, 0, 60), s, "mini_resnet10") for p, k in (("bridged", 0), ("bridged_fc", 0), ("bridged_pp", 0), ("bridged", 4)))
+    count, digits = PassCounter(Study("miniature")), TARGETS["digits"]
+    runs = [Run(p, k, 0, 60) for p, k in (("bridged", 0), ("bridged_fc", 0), ("bridged_pp", 0), ("bridged", 4))]
+    first, other_head, mixup, fewer = (count.passes(run, digits, "mini_resnet10") for run in runs)
     assert first == mixup == 6000 + 898 * 15 and other_head == 898 * 15 and fewer == 40 * 60
 
 
 def test_hours_are_amount_over_rate():
-    table = costs([Work("core", "generate", SD15, images=4700), Work("core", "transfer", "resnet18", passes=36_000_000)], H100)
-    assert table.hours.tolist() == pytest.approx([1000 / 3600, 1.0]) and table.gigabytes.tolist() == pytest.approx([4700 * 32e3 / 1e9, 0])
+    work = [Work("core", "generate", SD15, images=4700), Work("core", "transfer", "resnet18", passes=36_000_000)]
+    table = costs(work, H100)
+    assert table.hours.tolist() == pytest.approx([1000 / 3600, 1.0])
+    assert table.gigabytes.tolist() == pytest.approx([4700 * 32e3 / 1e9, 0])
     assert table.source.str.match("measured|projected|assumed").all()
 
 
@@ -73,7 +78,7 @@ def test_what_has_no_rate_is_named():
 
 
 def test_the_plan_of_the_paper_is_made_in_seconds():
-    s, started = load_settings("paper"), time.time()
+    s, started = Study("paper"), time.time()
     targets = targets_of(s)
     total = sum(images(work_of(s, targets)).values())
     assert time.time() - started < 20 # it takes less than one; whatever lists images takes minutes
@@ -81,9 +86,10 @@ def test_the_plan_of_the_paper_is_made_in_seconds():
 
 
 def test_the_papers_targets():
-    ten = targets_of(load_settings("paper"))
+    ten = targets_of(Study("paper"))
     assert len(ten) == 10 and ten["cars"].classes == 196 and ten["dogs"].classes == 120 and ten["sun397"].train == 19850
     core = 1000 * sum(t.classes for t in ten.values())
-    assert core == 1_401_000 and costs([Work("core", "generate", SD15, images=core)], H100).hours.item() == pytest.approx(83, abs=1)
-    s = load_settings("paper")
-    assert {r.per_class for r in runs_of(s, "volume", "aircraft") if r.uses} == {500, 1000, 1500, 2000, 2500, 3000}
+    hours = costs([Work("core", "generate", SD15, images=core)], H100).hours.item()
+    assert core == 1_401_000 and hours == pytest.approx(83, abs=1)
+    s = Study("paper")
+    assert {r.per_class for r in s.runs("volume", "aircraft") if r.uses} == {500, 1000, 1500, 2000, 2500, 3000}

@@ -1,4 +1,4 @@
-"""Sweeps: every run finds the images that are its own, and sees none that it must not see."""
+"""The grid: every run finds the images that are its own and sees no others; jobs and pages follow from it."""
 from dataclasses import replace
 
 import numpy as np
@@ -7,16 +7,16 @@ import pytest
 from bridgexfer.artefacts import spec_hash
 from bridgexfer.data.registry import load_dataset
 from bridgexfer.datasets import few_shot
-from bridgexfer.images import as_images
 from bridgexfer.generation import STRENGTHS
-from bridgexfer.study.settings import load_settings
-from bridgexfer.study.grid import FROM_REAL, SWEEPS, Wanted, archs_of, datasets_of, group_of, groups_of, inversion_of
-from bridgexfer.study.grid import real_of, runs_of, sets_of, strength, synthesis_for, synthesis_hash, synthetic_of
-from bridgexfer.study.grid import wanted, web_images
+from bridgexfer.images import as_images
+from bridgexfer.study.costs import Target, work_of
+from bridgexfer.study.grid import (FROM_REAL, PAGES, SWEEPS, SetKey, Study, decides, job_command, job_state, page_of,
+                                   page_state, resources, strength, subset, web_images)
 from bridgexfer.synthetic_sets import SyntheticSet, generate
-from bridgexfer.transfer import Run
+from bridgexfer.transfer import PIPELINES, Pipeline, Run
 
-S = load_settings("miniature")
+STUDY = Study("miniature")
+S = STUDY.settings
 
 
 @pytest.fixture(scope="module")
@@ -34,71 +34,81 @@ def tampered(digits):
 
 @pytest.mark.parametrize("synthesis", FROM_REAL)
 def test_what_a_few_shot_run_is_given_depends_on_its_images_alone(digits, tampered, synthesis):
-    "Its spec, and so its token or its references, is the same whatever the other images are; that of a full-shot run is not."
-    def address(data, shots): return spec_hash(synthesis_for(S, data, Wanted(synthesis, 3.5, shots, 0)))
+    "Its spec, and so its token or its first images, does not depend on other images; that of a full-shot run does."
+    def address(data, shots): return spec_hash(STUDY.synthesis(data, SetKey(synthesis, 3.5, shots, 0)))
     assert address(digits, 4) == address(tampered, 4)
     assert address(digits, 0) != address(tampered, 0)
-    assert real_of(tampered, 4, 0).digest == real_of(digits, 4, 0).digest == few_shot(digits.train, 4, 0).digest # those that it is trained on
-    inside = replace(digits, train=as_images(np.where(np.arange(898)[:, None, None, None] == few_shot(digits.train, 4, 0).rows[7], 0, digits.train.pixels), digits.train.labels, digits.train.names))
+    four = few_shot(digits.train, 4, 0)
+    assert subset(tampered, 4, 0).digest == subset(digits, 4, 0).digest == four.digest # those that it is trained on
+    seen = np.arange(898)[:, None, None, None] == four.rows[7]
+    pixels = np.where(seen, 0, digits.train.pixels)
+    inside = replace(digits, train=as_images(pixels, digits.train.labels, digits.train.names))
     assert address(digits, 4) != address(inside, 4)
 
 
 @pytest.mark.parametrize("synthesis", FROM_REAL)
-def test_seeds_have_tokens_and_references_of_their_own_subsets(digits, synthesis):
-    specs = {(k, seed): synthesis_for(S, digits, Wanted(synthesis, 3.5, k, seed)) for k in (1, 4) for seed in (0, 1)}
-    assert len({(s.token_hash, s.init_images) for s in specs.values()}) == 4
+def test_seeds_have_tokens_and_first_images_of_their_own_subsets(digits, synthesis):
+    specs = [STUDY.synthesis(digits, SetKey(synthesis, 3.5, k, seed)) for k in (1, 4) for seed in (0, 1)]
+    assert len({(s.token_hash, s.init_images) for s in specs}) == 4
 
 
 def test_shared_sets_never_show_a_run_more_than_its_images():
-    one = load_settings("miniature", set_per_seed="0")
+    one = Study("miniature", set_per_seed="0")
     for synthesis in FROM_REAL:
-        assert wanted(one, Run("bridged_pp", 4, 2, 40, synthesis)).seed == 2
-        assert wanted(one, Run("bridged_pp", 0, 2, 40, synthesis)).seed == 0
-    assert wanted(one, Run("bridged_pp", 4, 2, 40)) == wanted(one, Run("bridged_pp", 0, 1, 40))
+        assert one.set_key(Run("bridged_pp", 4, 2, 40, synthesis)).seed == 2
+        assert one.set_key(Run("bridged_pp", 0, 2, 40, synthesis)).seed == 0
+    assert one.set_key(Run("bridged_pp", 4, 2, 40)) == one.set_key(Run("bridged_pp", 0, 1, 40))
 
 
-def test_every_run_has_a_group_that_makes_its_set():
-    for profile in ("miniature", "smoke"):
-        s = load_settings(profile)
-        for sweep in SWEEPS:
-            for d in datasets_of(s, sweep):
-                for run in runs_of(s, sweep, d):
-                    if wanted(s, run): assert sets_of(s, *group_of(s, run, d))[wanted(s, run)] >= run.per_class
+@pytest.mark.parametrize("profile", ["miniature", "smoke"])
+def test_every_run_has_a_group_that_makes_its_set(profile):
+    study = Study(profile)
+    for sweep in SWEEPS:
+        for d in study.datasets_of(sweep):
+            for run in study.runs(sweep, d):
+                if key := study.set_key(run): assert study.all_sets[study.group(run, d)][key] >= run.per_class
 
 
 def test_volume_sets_are_prefixes(tmp_path, digits):
     "All volumes of a seed are taken from one set, and the first images of the larger are those of the smaller."
-    runs = [r for r in runs_of(S, "volume", "digits") if r.seed == 0 and r.uses]
-    assert len({synthesis_hash(S, digits, r) for r in runs}) == 1 and len({r.per_class for r in runs}) == len(S.volumes)
-    s = load_settings("smoke", runs=str(tmp_path), volumes="10 20 40")
-    spec = synthesis_for(s, digits, Wanted("single", 3.5, 0, 0))
-    generate(spec, s.runs_dir/"synthetic", 20, progress=False)
-    small = synthetic_of(s, digits, Run("bridged_pp", 0, 0, 20))[1].pixels
-    generate(spec, s.runs_dir/"synthetic", 40, progress=False) # grows
-    large = synthetic_of(s, digits, Run("bridged_pp", 0, 0, 40))[1].pixels
-    assert np.array_equal(large[:200], small) and np.array_equal(synthetic_of(s, digits, Run("bridged_pp", 0, 0, 10))[1].pixels, small[:100])
-    assert SyntheticSet(s.runs_dir/"synthetic"/spec_hash(spec)).per_class == 40
+    runs = [r for r in STUDY.runs("volume", "digits") if r.seed == 0 and r.uses]
+    assert len({STUDY.synthetic_hash(digits, r) for r in runs}) == 1
+    assert len({r.per_class for r in runs}) == len(S.volumes)
+    study = Study("smoke", runs=str(tmp_path), volumes="10 20 40")
+    spec = study.synthesis(digits, SetKey("single", 3.5, 0, 0))
+    generate(spec, study.runs_dir/"synthetic", 20, progress=False)
+    small = study.images(digits, Run("bridged_pp", 0, 0, 20)).pixels
+    generate(spec, study.runs_dir/"synthetic", 40, progress=False) # grows
+    large = study.images(digits, Run("bridged_pp", 0, 0, 40)).pixels
+    assert np.array_equal(large[:200], small)
+    assert np.array_equal(study.images(digits, Run("bridged_pp", 0, 0, 10)).pixels, small[:100])
+    assert SyntheticSet(study.runs_dir/"synthetic"/spec_hash(spec)).per_class == 40
 
 
 def test_sweeps_vary_what_they_say():
-    def varied(sweep, field, **of): return {getattr(r, field) for r in runs_of(S, sweep, "digits") if r.uses and all(getattr(r, k) == v for k, v in of.items())}
+    def varied(sweep, field, **of):
+        runs = [r for r in STUDY.runs(sweep, "digits") if r.uses]
+        return {getattr(r, field) for r in runs if all(getattr(r, k) == v for k, v in of.items())}
     assert varied("shots", "shots") == set(S.few_shots) and varied("volume", "per_class") == set(S.volumes)
-    assert varied("guidance", "guidance") == set(S.guidances) and varied("style", "synthesis", shots=0) == {"single", "untrained", "style", "class"}
+    assert varied("guidance", "guidance") == set(S.guidances)
+    assert varied("style", "synthesis", shots=0) == {"single", "untrained", "style", "class"}
     assert varied("controls", "per_class", pipeline="mixed", synthesis="single") == {*S.mixed_images, S.images}
-    assert archs_of(S, "architectures") == S.more_archs
-    for sweep in SWEEPS: assert {r.seed for r in runs_of(S, sweep, "digits")} == set(S.seeds)
-    for sweep in SWEEPS: assert {r.shots for r in runs_of(S, sweep, "digits")} <= {r.shots for r in runs_of(S, sweep, "digits") if r.pipeline == "vanilla"} | ({0} if sweep == "controls" else set())
+    assert STUDY.archs_of("architectures") == S.more_archs
+    for sweep in SWEEPS:
+        runs = STUDY.runs(sweep, "digits")
+        compared = {r.shots for r in runs if r.pipeline == "vanilla"} | ({0} if sweep == "controls" else set())
+        assert {r.seed for r in runs} == set(S.seeds) and {r.shots for r in runs} <= compared
 
 
 def test_same_compute_is_that_of_the_core():
-    run = next(r for r in runs_of(S, "controls", "digits") if r.pipeline == "vanilla_long")
-    assert run.per_class == S.images and wanted(S, run) is None # it counts the images and uses none
+    run = next(r for r in STUDY.runs("controls", "digits") if r.pipeline == "vanilla_long")
+    assert run.per_class == S.images and STUDY.set_key(run) is None # it counts the images and uses none
 
 
 def test_a_profile_without_datasets_for_a_sweep_has_no_runs_of_it():
-    evening = load_settings("evening")
-    assert datasets_of(evening, "guidance") == () and datasets_of(evening, "style") == ("pets",)
-    assert not archs_of(evening, "architectures")
+    evening = Study("evening")
+    assert evening.datasets_of("guidance") == () and evening.datasets_of("style") == ("pets",)
+    assert not evening.archs_of("architectures") and "fig06_guidance" not in {p.name for p in evening.pages()}
 
 
 def test_strengths_for_other_shots_are_those_of_the_next_number_below():
@@ -107,22 +117,108 @@ def test_strengths_for_other_shots_are_those_of_the_next_number_below():
 
 def test_web_renders_are_of_their_classes_and_of_the_seed():
     a, b, c = (web_images(("three", "alpha"), n, seed, 32) for n, seed in ((5, 0), (5, 0), (5, 1)))
-    assert np.array_equal(a.pixels, b.pixels) and not np.array_equal(a.pixels, c.pixels) and a.labels.tolist() == [0] * 5 + [1] * 5
+    assert np.array_equal(a.pixels, b.pixels) and not np.array_equal(a.pixels, c.pixels)
+    assert a.labels.tolist() == [0] * 5 + [1] * 5
     with pytest.raises(ValueError, match="has no cat"): web_images(("three", "cat"), 1, 0, 32)
 
 
 def test_sets_of_other_classes_have_other_names():
-    greek, photo = load_dataset("greek"), load_dataset("digits-photo")
+    data = {name: load_dataset(name) for name in ("digits", "digits-photo", "greek")}
     for synthesis in ("single", "web"):
-        name = {d.info.name: synthesis_hash(S, d, Run("bridged_pp", 0, 0, 20, synthesis)) for d in (load_dataset("digits"), photo, greek)}
+        name = {d: STUDY.synthetic_hash(data[d], Run("bridged_pp", 0, 0, 20, synthesis)) for d in data}
         assert name["digits"] == name["digits-photo"] != name["greek"]
-    assert synthesis_hash(S, greek, Run("mixed", 0, 0, 20, "web")) != synthesis_hash(S, greek, Run("mixed", 0, 1, 20, "web"))
+    web = [STUDY.synthetic_hash(data["greek"], Run("mixed", 0, seed, 20, "web")) for seed in (0, 1)]
+    assert web[0] != web[1]
 
 
 def test_mistakes_name_what_to_do(digits, tmp_path):
-    s = load_settings("smoke", runs=str(tmp_path))
-    with pytest.raises(ValueError, match="Unknown sweep 'few': choose core, shots"): datasets_of(s, "few")
-    with pytest.raises(ValueError, match="No run of the profile 'smoke' needs the group 'single' of 'greek'"): sets_of(s, "single", "greek")
-    with pytest.raises(FileNotFoundError, match="run the job `generate` for the group 'single' of 'digits'"): synthetic_of(s, digits, Run("mixed", 0, 0, 20))
-    assert groups_of(s, "core", "digits") == [("single", "digits")]
-    assert inversion_of(s, digits, "style", 4, 0).shots == 4
+    study = Study("smoke", runs=str(tmp_path))
+    with pytest.raises(ValueError, match="Unknown sweep 'few': choose core, shots"): study.datasets_of("few")
+    with pytest.raises(FileNotFoundError, match="run the job `generate` for the group 'single' of 'digits'"):
+        study.images(digits, Run("mixed", 0, 0, 20))
+    with pytest.raises(ValueError, match="No page makes the table tab9"): page_of("tab9")
+    assert study.groups("core", "digits") == [("single", "digits")]
+    assert study.inversion(digits, "style", 4, 0).shots == 4
+
+
+# ---- jobs and pages
+
+def test_a_new_pipeline_takes_one_entry(monkeypatch):
+    "It is in the grid, in the plan, in a table and in a figure, with its label, colour and marker."
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    from bridgexfer.study import plots, report
+
+    monkeypatch.setitem(PIPELINES, "half", Pipeline("Half bridged", "#117733", "v", "-.", bridged=True))
+    study = Study("smoke", pipelines="vanilla half")
+    assert {r.pipeline for r in study.runs("core", "digits")} == {"vanilla", "half"}
+    target = {"digits": Target("digits", 10, 898, "digits")}
+    def passes(study): return sum(w.passes for w in work_of(study, target) if w.sweep == "core")
+    assert passes(study) > passes(Study("smoke", pipelines="vanilla"))
+    task = dict(dataset="digits", arch="net", shots=0, metric="top1", labels=[0, 1, 0, 1])
+    runs = [task | dict(pipeline=p, seed=seed, accuracy=(seed + k) / 4, predictions=[0, 1, k, 1])
+            for k, p in enumerate(("vanilla", "half")) for seed in (0, 1)]
+    table = report.measured(pd.DataFrame(runs), ["dataset", "arch", "shots"])
+    wide = report.wide(table, {"pipeline": ("pipeline", report.label)})
+    assert "Half bridged" in wide.reset_index().to_string()
+    fig, ax = plt.subplots()
+    plots.band(ax, [1, 2], [.5, .6], [.1, .1], "half")
+    assert ax.lines[0].get_color() == "#117733" and ax.lines[0].get_marker() == "v"
+    assert [h.get_label() for h in plots.key(["vanilla", "half"])] == ["Vanilla", "Half bridged"]
+    plt.close(fig)
+
+
+def test_jobs_come_after_what_they_read():
+    for study in (STUDY, Study("paper"), Study("evening")):
+        jobs = study.jobs()
+        place = {job.manifest: i for i, job in enumerate(jobs)}
+        assert len({job.key for job in jobs}) == len(jobs)
+        assert all(place[name] < place[job.manifest] for job in jobs for name in job.inputs)
+        assert all(study.manifests(word) for page in study.pages() for word in page.reads)
+    assert {p.name for p in PAGES} == {p.name for p in STUDY.pages()}
+
+
+def test_parts_share_a_manifest():
+    paper = Study("paper")
+    parts = [job for job in paper.jobs() if job.manifest == "core/pets-resnet18"]
+    assert len(parts) > 1 and len({job.key for job in parts}) == len(parts)
+    runs = [r for job in parts for r in paper.parts(paper.runs("core", "pets"))[job.part]]
+    assert sorted(map(repr, runs)) == sorted(map(repr, paper.runs("core", "pets")))
+
+
+def test_a_state_changes_with_what_decides_a_result_and_with_nothing_else():
+    def states(**settings):
+        study = Study("smoke", **settings)
+        return {job.key: job_state(study, job) for job in study.jobs()}
+    before = states()
+    assert states(memory="3") == states(figures="elsewhere") == before
+    assert all(states(guidance="5")[key] != state for key, state in before.items())
+    volume = states(volumes="10 50")
+    changed = {key for key in before if volume[key] != before[key]}
+    assert changed == {"volume/digits-mini_resnet10", "generate/volume-digits"}
+    assert decides("lr") and not decides("generate_hours") and not decides("style_datasets")
+
+
+def test_pages_depend_on_what_they_list():
+    one, other = Study("smoke"), Study("smoke", steps="3")
+    assert page_state(one, page_of("tab4_datasets")) != page_state(other, page_of("tab4_datasets"))
+    assert page_state(one, page_of("hyperparameters")) == page_state(Study("smoke"), page_of("hyperparameters"))
+
+
+def test_resources_of_a_sweep_override_those_of_its_rule():
+    paper = Study("paper")
+    hours = paper.settings.values
+    assert resources(paper, "transfer", "architectures")["runtime"] == 60 * hours["architectures_hours"]
+    assert resources(paper, "transfer", "core")["runtime"] == 60 * hours["hours"]
+    assert resources(paper, "generate")["mem_mb"] == 1000 * hours["generate_memory"]
+    assert resources(paper, "table")["gpu"] == 0
+
+
+def test_commands_can_be_typed():
+    study = Study("smoke", seeds="0 1", runs="my runs", memory="9")
+    job = next(job for job in study.jobs() if job.rule == "transfer")
+    command = job_command(study, job)
+    assert command.startswith("papermill --engine ipc --no-progress-bar nbs/jobs/transfer.ipynb ")
+    assert '"seeds": "0 1"' in command and "memory" not in command

@@ -21,7 +21,7 @@ from bridgexfer.generation import synthesis_spec
 from bridgexfer.images import Images, Parts, as_images
 from bridgexfer.loading import GRID_SIZE, InputConfig, crop, cut, eval_batches, normalise, prefetch, random_boxes
 from bridgexfer.loading import to_device, to_float, train_batches
-from bridgexfer.synthetic_sets import SyntheticSet, claim, image_file, shard_path, shard_table, write_shard
+from bridgexfer.synthetic_sets import SyntheticSet, bind, image_file, shard_path, shard_table, write_shard
 from bridgexfer.transfer import join
 
 SETTINGS = [Augment(), GLYPHS, Augment(scale=(0.5, 1), ratio=(0.5, 2)), Augment(scale=(0.9, 1), ratio=(0.4, 2.5)),
@@ -203,7 +203,7 @@ def write_noise(folder, spec, shard, n, seed):
 def made(tmp_path):
     "A set of three shards whose images are noise: 12 images of each of 10 classes."
     spec = synthesis_spec("miniature", list("abcdefghij"), steps=5, size=32, batch=64, shard=4)
-    claim(tmp_path/"set", spec)
+    bind(tmp_path/"set", spec)
     for k in range(3): write_noise(tmp_path/"set", spec, k, 40, seed=k)
     return SyntheticSet(tmp_path/"set")
 
@@ -265,7 +265,7 @@ def test_a_damaged_shard_leaves_no_pixels(made):
 def test_a_reduced_set_is_read_at_its_own_size(tmp_path):
     whole = synthesis_spec("miniature", ["a", "b"], steps=5, size=32, batch=4, shard=1)
     spec = replace(whole, stored_size=16, format="jpeg")
-    claim(tmp_path/"set", spec)
+    bind(tmp_path/"set", spec)
     write_noise(tmp_path/"set", spec, 0, 2, seed=0)
     images = SyntheticSet(tmp_path/"set").images(memory=0)
     assert isinstance(images, Images) and images.pixels.shape == (2, 16, 16, 3)

@@ -121,7 +121,7 @@ def test_slurm_and_this_machine_make_the_same_table(cluster, tmp_path):
     for name in ("there", "here"): (tmp_path/name).mkdir()
     there, here = Clone(tmp_path/"there"), Clone(tmp_path/"here")
     there.env = {**there.env, **cluster.env, "PATH": os.pathsep.join([str(cluster.folder/"bin"), there.env["PATH"]])}
-    made = core(there, "slurm", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2", "--default-resources", "slurm_partition=main", parts=2, **SMALL)
+    made = core(there, "slurm", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2", "--default-resources", "slurm_partition=main", jobs_per_sweep=2, **SMALL)
     assert made.keys() == {"tab2_pipelines.csv"} and made == core(here, "local", **SMALL)
     done = cluster.jobs()
     asked_by = [comment.split("_wildcards_")[0] for comment, *_ in done]

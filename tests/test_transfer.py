@@ -22,8 +22,7 @@ from bridgexfer.evaluation import predict
 from bridgexfer.finetune import FinetuneSpec, NonFiniteLoss, begin, finetune, load_state, save_state, train_epoch
 from bridgexfer.images import as_images
 from bridgexfer.miniature.typeset import DIGITS, corpus
-from bridgexfer.study.grid import recipe_of
-from bridgexfer.study.settings import load_settings
+from bridgexfer.study.grid import Study
 from bridgexfer.transfer import BridgeSpec, CONTROLS, PIPELINES, Recipe, Run, Task, load_bridge, make_bridge
 from bridgexfer.transfer import pipeline, run_task
 
@@ -76,9 +75,9 @@ def test_controls_are_what_they_say(task, synthetic, tmp_path):
 
 
 def test_vision_transformers_have_a_batch_and_a_weight_decay_of_their_own():
-    s = load_settings("paper")
-    conv = recipe_of(s, "resnet50")
-    vit = recipe_of(s, "vit_base")
+    paper = Study("paper")
+    conv = paper.recipe("resnet50")
+    vit = paper.recipe("vit_base")
     assert (conv.batch, conv.weight_decay) == (64, 5e-4) and (vit.batch, vit.weight_decay) == (128, 0) # appendix A
 
 

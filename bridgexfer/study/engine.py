@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['engine', 'LoggingClient', 'IpcEngine']
 
-# %% ../../nbs/study/07_engine.ipynb #f99076a8
+# %% ../../nbs/study/07_engine.ipynb #19c68a07
 import html
 import re
 import time
@@ -13,22 +13,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from traitlets.config import Config
 
-# %% ../../nbs/study/07_engine.ipynb #75721529
+# %% ../../nbs/study/07_engine.ipynb #4d24fbbd
 class _Sign:
     "Points to `IpcEngine`, which may come later."
     def __getattr__(self, name): return getattr(IpcEngine, name)
 
 engine = _Sign()
 
-# %% ../../nbs/study/07_engine.ipynb #94a87015
+# %% ../../nbs/study/07_engine.ipynb #25a09ed5
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine
 from papermill.log import logger
 
-# %% ../../nbs/study/07_engine.ipynb #1a400c85
+# %% ../../nbs/study/07_engine.ipynb #4c5ca26c
 class LoggingClient(PapermillNotebookClient):
     "Papermill's client, which prints progress bars as lines."
-    label, printed = "", 0.0 # text at the left of the bar; when a line was printed last
+    label = "" # text at the left of the bar
+    printed = 0.0 # when a line was printed last
     every = 10.0 # seconds between lines
 
     def handle_comm_msg(self, outs, msg, cell_index):
@@ -38,12 +39,13 @@ class LoggingClient(PapermillNotebookClient):
         if not isinstance(text, str): return
         text = " ".join(html.unescape(text).split())
         count = re.match(r"(\d+)/(\d+) \[", text)
-        if not count: self.label = text
+        if count is None:
+            self.label = text
         elif count[1] == count[2] or time.monotonic() - self.printed > self.every:
             self.printed = time.monotonic()
             self.log.info(f"{self.label} {text}")
 
-# %% ../../nbs/study/07_engine.ipynb #3493fb03
+# %% ../../nbs/study/07_engine.ipynb #14fb9d1a
 class IpcEngine(NBClientEngine):
     "Papermill's engine, with Unix sockets between papermill and the kernel, and progress in the log."
     @classmethod
@@ -51,7 +53,7 @@ class IpcEngine(NBClientEngine):
         "Run a notebook, as papermill asks for it."
         unused = ("input_path", "timeout", "startup_timeout")
         kwargs = {k: v for k, v in kwargs.items() if k not in unused}
+        how = dict(kernel_name=kernel_name, startup_timeout=start_timeout, timeout=execution_timeout, log=logger)
         with TemporaryDirectory(prefix="kernel-") as folder:
-            config = Config(KernelManager=dict(transport="ipc", connection_file=str(Path(folder)/"k.json")))
-            options = dict(kernel_name=kernel_name, startup_timeout=start_timeout, timeout=execution_timeout, config=config, log=logger)
-            return LoggingClient(nb_man, **options, **kwargs).execute()
+            sockets = dict(transport="ipc", connection_file=str(Path(folder)/"k.json"))
+            return LoggingClient(nb_man, config=Config(KernelManager=sockets), **how, **kwargs).execute()
