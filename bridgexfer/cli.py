@@ -149,10 +149,15 @@ def leep(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model:
     "Score how well backbones, as they were pre-trained, fit a dataset: higher is better."
     import pandas as pd
     from bridgexfer.backbones import create_backbone
+    from bridgexfer.evaluation import features, predict
     from bridgexfer.scores import score
     study = _own_study(dataset, profile, settings, images=images, seeds=seeds, model=model)
-    data = study.load(dataset)
-    scores = [{"backbone": a, **score(create_backbone(a), data.train, a, _device(device))} for a in arch or study.archs]
+    train = study.load(dataset).train
+    device = _device(device)
+    def scores_of(model):
+        found = features(model, train, device=device)
+        return score(predict(model, train, device=device), found, train.labels, len(train.names))
+    scores = [{"backbone": a, **scores_of(create_backbone(a))} for a in arch or study.archs]
     table = pd.DataFrame(scores).sort_values("leep", ascending=False)
     return _answer(0, table.to_dict("records"), table.round(3).to_string(index=False), as_json)
 

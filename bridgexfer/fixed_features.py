@@ -297,7 +297,7 @@ def _table(s: FixedSpec,
           ) -> np.ndarray: # (n, d) float32
     "The features of images for a run, computed or found."
     spec = FeatureSpec(s.arch, s.bridge or s.backbone, images.digest)
-    return cached_features(root, spec, lambda: features(model, images, s.arch, device=device))
+    return cached_features(root, spec, lambda: features(model, images, device=device))
 
 # %% ../nbs/library/14_fixed_features.ipynb #12f59f31
 def fixed_transfer(specs: list[FixedSpec], # on the same features; they differ in pipeline, seed and lr
@@ -313,7 +313,7 @@ def fixed_transfer(specs: list[FixedSpec], # on the same features; they differ i
     started = time()
     s = specs[0]
     classes = len(train.names)
-    model = load_bridge(bridge, s.arch, classes) if bridge else create_backbone(s.arch, classes)
+    model = load_bridge(bridge, classes) if bridge else create_backbone(s.arch, classes)
     x, z = (_table(s, model, images, root, device) for images in (train, test))
     starts = _starts(specs, model.cpu())
     recipes = [HeadSpec(s.lr, s.epochs, s.batch, s.momentum, s.weight_decay) for s in specs]

@@ -20,7 +20,7 @@ from torch import nn
 
 # %% ../nbs/apps/00_own_images.ipynb #5e41513a
 from .artefacts import digest, spec_hash, write_json
-from .backbones import backbone, input_stats
+from .backbones import input_config
 from .data.registry import dataset_info
 from .datasets import Dataset, hold_out
 from .finetune import NonFiniteLoss
@@ -277,13 +277,12 @@ def draw_confusion(outcome: Outcome,
     return fig
 
 # %% ../nbs/apps/00_own_images.ipynb #9f918cc3
-def timm_config(arch: str,
+def timm_config(model: nn.Module, # of timm
                 stored_size: int, # of the images it was tested on, pixels
                ) -> dict[str, object]: # as in timm's `pretrained_cfg`
     "How an image becomes the input of a backbone."
-    size = backbone(arch).size
-    stats = {k: tuple(v) for k, v in input_stats(arch).items()}
-    return dict(input_size=(3, size, size), crop_pct=size / stored_size, interpolation="bicubic", **stats)
+    size, mean, std = input_config(model)
+    return dict(input_size=(3, size, size), crop_pct=size / stored_size, interpolation="bicubic", mean=mean, std=std)
 
 # %% ../nbs/apps/00_own_images.ipynb #f19f34a7
 def history(outcome: Outcome) -> dict[str, object]: # JSON values
@@ -306,7 +305,7 @@ def write_outcome(outcome: Outcome, part: Path, name: str, stored_size: int) -> 
     from timm.models import save_for_hf
     model = outcome.model.to(memory_format=torch.contiguous_format)
     labels = dict(label_names=list(outcome.data.info.names))
-    how = timm_config(outcome.arch, stored_size)
+    how = timm_config(outcome.model, stored_size)
     save_for_hf(model, part, model_config=labels, data_config=how, safe_serialization=True)
     draw_confusion(outcome).savefig(part/"confusion.png", dpi=200)
     write_json(part/"outcome.json", history(outcome) | {"weights": digest(part/"model.safetensors")})

@@ -132,10 +132,10 @@ def test_the_seed_decides_the_order_and_the_start_is_not_changed(toy):
 
 @pytest.mark.parametrize("arch", ["mini_resnet10", "mini_vit"])
 def test_a_bridge_predicts_with_its_own_head_before_any_step(data, bridge, arch):
-    model = load_bridge(bridge, arch, 10) if arch == ARCH else create_backbone(arch, 10)
-    x = features(model, data[1], arch)
+    model = load_bridge(bridge, 10) if arch == ARCH else create_backbone(arch, 10)
+    x = features(model, data[1])
     p = head_predict(x, head_of(model))
-    q = predict(model, data[1], arch)
+    q = predict(model, data[1])
     top = np.sort(q, 1)
     clear = top[:, -1] - top[:, -2] > 0.05  # the model multiplies in bfloat16
     assert abs(p - q).max() < 0.05 and clear.mean() > 0.2 and (p.argmax(1) == q.argmax(1))[clear].all()
