@@ -65,7 +65,7 @@ def test_a_source_class_that_underflows_is_no_trouble():
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_lies_between_the_label_entropy_and_zero(seed):
+def test_is_between_the_label_entropy_and_zero(seed):
     theta, y = case(seed, n=1 + seed, sharpness=0.02 if seed % 2 else 3)
     assert -label_entropy(y) - 1e-9 <= leep(theta, y, 4) <= 1e-12
 
