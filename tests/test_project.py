@@ -302,11 +302,10 @@ def test_jobs_take_parameters_and_export_nothing(notebook):
     assert not [c for c in cells(notebook) if re.search(r"^#\| *(export|default_exp)", source(c), re.M)]
 
 
-def test_snakefile_knows_every_job_and_paper_notebook():
-    text = (ROOT/"Snakefile").read_text()
-    assert set(re.findall(r"nbs/jobs/(\w+)\.ipynb", text)) == {p.stem for p in JOBS}
-    papers = re.search(r"PAPERS = \{.*?\n(.*?)\}", text, re.S)[1]
-    assert {p for p in re.findall(r'"(\w+)": "', papers)} == {p.stem for p in PAPER}
+def test_the_study_knows_every_job_and_paper_notebook():
+    from bridgexfer.study.grid import PAGES, Study
+    assert {job.rule for job in Study("miniature", lr="0.1").jobs()} == {p.stem for p in JOBS}
+    assert {page.name for page in PAGES} == {p.stem for p in PAPER}
 
 
 @pytest.mark.parametrize("notebook", [TOUR, *MINIATURE, *BENCHMARKS, *TUTORIALS], ids=name)
