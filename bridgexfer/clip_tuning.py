@@ -8,6 +8,7 @@ __all__ = ['CLIP_PIPELINES', 'Clip', 'load_clip', 'embed_images', 'image_embeddi
 
 # %% ../nbs/library/15_clip_tuning.ipynb #f707bc43
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -19,13 +20,11 @@ from huggingface_hub import constants
 from torch import nn
 from tqdm.auto import tqdm
 from .artefacts import stable_hash, unhashed
-from .evaluation import accuracy
+from .fixed_features import FeatureSpec, Head, cached_features, check_finite, head_result, to_head, to_layer
 from .images import Images
-from .finetune import NonFiniteLoss
-from .fixed_features import FeatureSpec, Head, cached_features, head_predict
 from .models import find_model, find_weights
 from .prompts import templates
-if TYPE_CHECKING: from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer # functions import it where they need it
+if TYPE_CHECKING: from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer # imported where it is needed
 
 # %% ../nbs/library/15_clip_tuning.ipynb #56c76cf5
 @dataclass(frozen=True, eq=False)
@@ -36,40 +35,68 @@ class Clip:
     processor: "CLIPImageProcessor"
     weights: str # digest of its folder, or "id@commit"
 
-
-
 # %% ../nbs/library/15_clip_tuning.ipynb #ba7708e3
-def _processor(place: str, miniature: bool, model: "CLIPModel", where: dict) -> "CLIPImageProcessor":
-    "How images are prepared; the miniature's pixels were scaled to [-1, 1]."
+def _processor(place: str, # folder or id
+               miniature: bool, # whose pixels were scaled to [-1, 1]
+               model: "CLIPModel",
+               where: dict[str, str], # revision of an id
+              ) -> "CLIPImageProcessor":
+    "How images are prepared for a CLIP."
     from transformers import CLIPImageProcessor
     if not miniature: return CLIPImageProcessor.from_pretrained(place, **where)
     size = model.config.vision_config.image_size
-    return CLIPImageProcessor(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    return CLIPImageProcessor(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size),
+                              image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 
-def _open(place: str, miniature: bool, where: dict) -> tuple: # model, tokenizer, processor
-    "The parts of a CLIP; weights that are missing are an error, not random numbers."
+# %% ../nbs/library/15_clip_tuning.ipynb #3bbfd8fa
+def _parts(place: str, # folder or id
+           miniature: bool,
+           where: dict[str, str], # revision of an id
+          ) -> tuple["CLIPModel", "CLIPTokenizer", "CLIPImageProcessor"]:
+    "The parts of a CLIP."
     from transformers import AutoConfig, CLIPModel, CLIPTokenizer
-    if (kind := AutoConfig.from_pretrained(place, **where).model_type) != "clip": raise OSError(f"its config.json says {kind!r}, not 'clip'")
-    model, info = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **where)
+    kind = AutoConfig.from_pretrained(place, **where).model_type
+    if kind != "clip": raise OSError(f"its config.json says {kind!r}, not 'clip'")
+    model, info = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True,
+                                            output_loading_info=True, **where)
     if info["missing_keys"]: raise OSError(f"weights are missing, {sorted(info['missing_keys'])[0]} among them")
     return model, CLIPTokenizer.from_pretrained(place, **where), _processor(place, miniature, model, where)
 
+# %% ../nbs/library/15_clip_tuning.ipynb #2ced66df
+def _cannot_open(name: str, # as it was asked for
+                 folder: Path | None, # None: from the hub
+                 e: Exception, # of transformers
+                ) -> OSError:
+    "Why a CLIP cannot be opened, and what to do."
+    if folder: return OSError(f"{folder} is not a whole CLIP: {str(e).splitlines()[0]}")
+    hub = "did not give it (HF_HUB_OFFLINE=1 would skip asking)"
+    if constants.HF_HUB_OFFLINE: hub = "was not asked because HF_HUB_OFFLINE is set"
+    return OSError(f"Cannot open the CLIP {name!r}: there is no folder of this name, it is not whole (as safetensors) "
+                   f"in the cache {constants.HF_HUB_CACHE}, and the hub {hub}.")
+
+# %% ../nbs/library/15_clip_tuning.ipynb #14413eb6
+@contextmanager
+def _progress_bar(wanted: bool):
+    "With transformers' progress bar, or without; afterwards as before."
+    from transformers.utils import logging
+    before = logging.is_progress_bar_enabled()
+    if not wanted: logging.disable_progress_bar()
+    try: yield
+    finally:
+        if before: logging.enable_progress_bar()
+
+# %% ../nbs/library/15_clip_tuning.ipynb #311f47e3
 def load_clip(name: str, # "miniature", a folder, "id" or "id@revision"
               device: str = "cpu",
              ) -> Clip:
     "Open a CLIP for embedding, in 32 bits, with all parameters frozen."
     folder, id, revision = find_model(name, "clip")
-    from transformers.utils import logging as transformers_logging
-    loud = transformers_logging.is_progress_bar_enabled()
-    if folder: transformers_logging.disable_progress_bar()
-    try: model, *rest = _open(str(folder or id), str(name) == "miniature", {} if folder else dict(revision=revision))
-    except (OSError, ValueError) as e:
-        if folder: raise OSError(f"{folder} is not a whole CLIP: {str(e).splitlines()[0]}") from None
-        raise OSError(f"Cannot open the CLIP {name!r}: there is no folder of this name, it is not whole (as safetensors) in the cache {constants.HF_HUB_CACHE}, "
-                      f"and the hub {'was not asked because HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else 'did not give it (HF_HUB_OFFLINE=1 would skip asking)'}.") from None
-    finally:
-        if loud: transformers_logging.enable_progress_bar()
-    return Clip(model.to(device).eval().requires_grad_(False), *rest, find_weights(name, "clip"))
+    where = {} if folder else dict(revision=revision)
+    try:
+        with _progress_bar(wanted=not folder):
+            model, tokenizer, processor = _parts(str(folder or id), str(name) == "miniature", where)
+    except (OSError, ValueError) as e: raise _cannot_open(name, folder, e) from None
+    return Clip(model.to(device).eval().requires_grad_(False), tokenizer, processor, find_weights(name, "clip"))
 
 # %% ../nbs/library/15_clip_tuning.ipynb #928321dc
 @torch.inference_mode()
@@ -79,27 +106,33 @@ def embed_images(clip: Clip,
                 ) -> np.ndarray: # (n, d) float32, rows of length one
     "Where CLIP places images, in their order."
     def embed(pixels): # (n, h, w, 3) uint8
-        x = clip.processor(images=torch.from_numpy(pixels).permute(0, 3, 1, 2), input_data_format="channels_first", return_tensors="pt").pixel_values
-        return F.normalize(clip.model.get_image_features(pixel_values=x.to(clip.model.device)).pooler_output, dim=-1).cpu()
+        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        x = clip.processor(images=pixels, input_data_format="channels_first", return_tensors="pt").pixel_values
+        z = clip.model.get_image_features(pixel_values=x.to(clip.model.device)).pooler_output
+        return F.normalize(z, dim=-1).cpu()
     return torch.cat([embed(images.pixels[i:i + batch]) for i in range(0, len(images), batch)]).numpy()
 
+# %% ../nbs/library/15_clip_tuning.ipynb #8b7bb7ac
 def image_embeddings(clip: Clip,
                      images: Images,
                      root: str | Path, # embeddings are kept in folders below
                     ) -> np.ndarray: # (n, d) float32, read-only, mapped from the disk
     "Embed images, or find their embeddings."
-    return cached_features(root, FeatureSpec("CLIPModel", clip.weights, images.digest), lambda: embed_images(clip, images))
+    spec = FeatureSpec("CLIPModel", clip.weights, images.digest)
+    return cached_features(root, spec, lambda: embed_images(clip, images))
 
 # %% ../nbs/library/15_clip_tuning.ipynb #6b760dc1
 @torch.inference_mode()
 def zero_shot_head(clip: Clip,
-                   names: tuple, # C class names
-                   sentences: tuple = templates("single"), # templates with one hole
+                   names: tuple[str, ...], # C class names
+                   sentences: tuple[str, ...] = templates("single"), # templates with one hole
                   ) -> Head: # (C, d), (C,)
     "A classifier of embedded images, made of class names."
     def row(name):
-        ids = clip.tokenizer([s.format(name) for s in sentences], padding=True, truncation=True, return_tensors="pt").to(clip.model.device)
-        return F.normalize(F.normalize(clip.model.get_text_features(**ids).pooler_output, dim=-1).mean(0), dim=0)
+        prompts = [s.format(name) for s in sentences]
+        ids = clip.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(clip.model.device)
+        t = F.normalize(clip.model.get_text_features(**ids).pooler_output, dim=-1)
+        return F.normalize(t.mean(0), dim=0)
     weight = clip.model.logit_scale.exp() * torch.stack([row(n) for n in names])
     return Head(weight.cpu().numpy(), np.zeros(len(names), np.float32))
 
@@ -112,19 +145,24 @@ def synthetic_loss(logits: torch.Tensor, # (n, C)
     "Half cross-entropy with the label, half with the teacher."
     return (F.cross_entropy(logits, y) + F.cross_entropy(logits, (teacher / temperature).softmax(1))) / 2
 
-# %% ../nbs/library/15_clip_tuning.ipynb #c5a05d86
-CLIP_PIPELINES = {"vanilla": (("real",),), "mixed": (("real", "synthetic"),), "bridged": (("synthetic",), ("real",))} # what each stage sees
+# %% ../nbs/library/15_clip_tuning.ipynb #b22cdbce
+CLIP_PIPELINES = { # what each stage sees
+    "vanilla": (("real",),),
+    "mixed": (("real", "synthetic"),),
+    "bridged": (("synthetic",), ("real",)),
+}
 
+# %% ../nbs/library/15_clip_tuning.ipynb #c5a05d86
 @dataclass(frozen=True)
 class ClipSpec:
     "What makes a result of CLIP tuning."
     dataset: str
-    data: str # digest of all training images and of those measured on, joined by "-"
+    data: str # digests of all training images and of the test images, joined by "-"
     weights: str # of the CLIP, from `find_weights`
     pipeline: str # a key of `CLIP_PIPELINES`
     shots: int # real images per class; 0 is all of them
     seed: int # of the order
-    arch: str = unhashed("") # where the CLIP lies: "miniature", a folder, or "id@revision"
+    arch: str = unhashed("") # where the CLIP is: "miniature", a folder, or "id@revision"
     synthesis: str = "" # how the synthetic images were made: "single", "real_guidance", ...
     synthetic: str = "" # hash of the synthetic set
     per_class: int = 0 # images per class taken from it
@@ -141,95 +179,137 @@ class ClipSpec:
     version: int = 1 # of the method
 
     def __post_init__(self):
-        if self.pipeline not in CLIP_PIPELINES: raise ValueError(f"Unknown pipeline {self.pipeline!r} for CLIP tuning: choose {', '.join(CLIP_PIPELINES)}.")
-        if wrong := [k for k in ("lr", "epochs", "batch", "synthetic_batch", "temperature", "clip_norm") if not getattr(self, k) > 0]:
-            raise ValueError(f"CLIP tuning needs {wrong[0]} > 0, got {getattr(self, wrong[0])!r}.")
+        if self.pipeline not in CLIP_PIPELINES:
+            raise ValueError(f"Unknown pipeline {self.pipeline!r} for CLIP tuning: choose {', '.join(CLIP_PIPELINES)}.")
+        for k in ("lr", "epochs", "batch", "synthetic_batch", "temperature", "clip_norm"):
+            if not getattr(self, k) > 0: raise ValueError(f"CLIP tuning needs {k} > 0, got {getattr(self, k)!r}.")
         made = (self.synthesis, self.synthetic, self.per_class)
-        if not (any(made) if self.pipeline == "vanilla" else not all(made)): return
-        raise ValueError(f"Pipeline {self.pipeline!r} {'takes no' if self.pipeline == 'vanilla' else 'needs'} synthesis, synthetic and per_class, got {made}.")
+        if self.pipeline == "vanilla" and any(made):
+            raise ValueError(f"Pipeline 'vanilla' takes no synthesis, synthetic and per_class, got {made}.")
+        if self.pipeline != "vanilla" and not all(made):
+            raise ValueError(f"Pipeline {self.pipeline!r} needs synthesis, synthetic and per_class, got {made}.")
 
 # %% ../nbs/library/15_clip_tuning.ipynb #737113c6
 def deal(n: int, # number of images
          batch: int, # images a step, at most
          rng: torch.Generator,
-        ) -> Iterator: # of (batch,) row numbers, without end
+        ) -> Iterator[torch.Tensor]: # of (batch,) row numbers, without end
     "Shuffled passes over n images, one after the other."
     while True: yield from torch.randperm(n, generator=rng).tensor_split(-(-n // batch))
 
 # %% ../nbs/library/15_clip_tuning.ipynb #9570a148
-def _linear(head: Head, device: str) -> nn.Linear:
-    fc = nn.utils.skip_init(nn.Linear, head.weight.shape[1], len(head.bias), device=device)
-    with torch.no_grad(): fc.weight.copy_(torch.from_numpy(head.weight)); fc.bias.copy_(torch.from_numpy(head.bias))
-    return fc
-
-def _step(fc: nn.Linear, opt: torch.optim.Optimizer, teacher: nn.Linear,
-          batches: dict, # kind of images -> embeddings (b, d), labels (b,)
+def _step(fc: nn.Linear,
+          opt: torch.optim.Optimizer,
+          teacher: nn.Linear,
+          batches: dict[str, tuple[torch.Tensor, torch.Tensor]], # kind of images -> embeddings (b, d), labels (b,)
           spec: ClipSpec,
          ) -> torch.Tensor: # (3,): loss; right predictions and their number, of real images if there are any
     "One step: a loss for each kind of images, with equal weights."
     loss = 0.
-    for kind in ("synthetic", "real"):
-        if kind not in batches: continue
+    for kind in sorted(batches, reverse=True): # real images last
         x, y = batches[kind]
         logits = fc(x)
-        loss = loss + (F.cross_entropy(logits, y) if kind == "real" else synthetic_loss(logits, y, teacher(x).detach(), spec.temperature))
-    opt.zero_grad(); loss.backward()
-    nn.utils.clip_grad_norm_(fc.parameters(), spec.clip_norm); opt.step()
+        if kind == "synthetic":
+            loss = loss + synthetic_loss(logits, y, teacher(x).detach(), spec.temperature)
+        else:
+            loss = loss + F.cross_entropy(logits, y)
+    opt.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(fc.parameters(), spec.clip_norm)
+    opt.step()
     return torch.stack([loss.detach(), (logits.argmax(1) == y).sum(), torch.tensor(float(len(y)), device=loss.device)])
+
+# %% ../nbs/library/15_clip_tuning.ipynb #02f3e097
+def _streams(seen: dict[str, tuple[np.ndarray, np.ndarray]], # kind of images -> embeddings (n, d), labels (n,)
+             spec: ClipSpec, # whose batches apply
+             seed: int, # of the orders
+             device: str,
+            ) -> dict[str, Iterator[tuple[torch.Tensor, torch.Tensor]]]: # batches without end
+    "What the steps of a stage see."
+    def stream(kind):
+        x, y = (torch.from_numpy(np.array(a)).to(device) for a in seen[kind])
+        rng = torch.Generator().manual_seed(stable_hash(seed, "order", kind))
+        for at in deal(len(y), spec.batch if kind == "real" else spec.synthetic_batch, rng):
+            yield x[at.to(device)], y[at.to(device)]
+    return {kind: stream(kind) for kind in seen}
 
 # %% ../nbs/library/15_clip_tuning.ipynb #eed9c3c2
 def tune(start: Head, # what the stage starts from, and the teacher for synthetic images
-         seen: dict, # "real" and/or "synthetic" -> embeddings (n, d), labels (n,)
-         spec: ClipSpec, # whose rate, epochs, batches, ... apply
+         seen: dict[str, tuple[np.ndarray, np.ndarray]], # "real" and/or "synthetic" -> embeddings (n, d), labels (n,)
+         spec: ClipSpec, # whose lr, epochs, batches, ... apply
          seed: int, # of the order
          device: str = "cpu",
          label: str | None = None, # of the progress bar; None shows none
-        ) -> tuple: # a Head; a dict per epoch: epoch, loss, train_accuracy
+        ) -> tuple[Head, list[dict]]: # the head; a dict per epoch: epoch, loss, train_accuracy
     "Tune a head on embedded images."
-    data = {k: tuple(torch.from_numpy(np.array(a)).to(device) for a in xy) for k, xy in seen.items()}
-    lead, size = "synthetic" if "synthetic" in data else "real", dict(real=spec.batch, synthetic=spec.synthetic_batch)
-    streams = {k: deal(len(y), size[k], torch.Generator().manual_seed(stable_hash(seed, "order", k))) for k, (_, y) in data.items()}
-    fc, teacher, steps, curve = _linear(start, device), _linear(start, device), -(-len(data[lead][1]) // size[lead]), []
+    streams = _streams(seen, spec, seed, device)
+    lead, batch = ("synthetic", spec.synthetic_batch) if "synthetic" in seen else ("real", spec.batch)
+    steps = -(-len(seen[lead][1]) // batch)
+    fc, teacher = (to_layer(start, device) for _ in range(2))
     opt = torch.optim.AdamW(fc.parameters(), spec.lr, weight_decay=spec.weight_decay)
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, spec.epochs * steps)
+    sched = torch.optim.lr_scheduler.CosineAnnealingLR(opt, spec.epochs * steps)
+    curve = []
     for epoch in tqdm(range(1, spec.epochs + 1), desc=label, unit="epoch", disable=label is None, mininterval=2):
         total = torch.zeros(3, device=device)
         for _ in range(steps):
-            rows = {k: next(s).to(device) for k, s in streams.items()}
-            total += _step(fc, opt, teacher, {k: (data[k][0][at], data[k][1][at]) for k, at in rows.items()}, spec)
-            rate.step()
+            total += _step(fc, opt, teacher, {kind: next(stream) for kind, stream in streams.items()}, spec)
+            sched.step()
         loss, right, n = total.tolist()
-        if not np.isfinite(loss): raise NonFiniteLoss(f"The loss of CLIP tuning is {loss} in epoch {epoch} of {spec.epochs} at learning rate {spec.lr}: choose a smaller one.")
+        check_finite(loss, "CLIP tuning", epoch, spec)
         curve.append(dict(epoch=epoch, loss=loss / steps, train_accuracy=right / n))
-    return Head(fc.weight.detach().cpu().numpy(), fc.bias.detach().cpu().numpy()), curve
+    return to_head(fc.weight, fc.bias), curve
+
+# %% ../nbs/library/15_clip_tuning.ipynb #bdcbe910
+def _check_images(kind: str, # "real" or "synthetic"
+                  images: Images | None,
+                  per_class: int, # that the spec names; 0 is all of them, or none
+                  names: tuple[str, ...], # of the test images' classes
+                 ) -> None:
+    "Raise an error for images that are not `per_class` of each class."
+    if not per_class: return
+    if images is None: raise ValueError(f"The pipeline needs {kind} images: generate some and pass them.")
+    if images.names != names: raise ValueError(f"The {kind} images have other classes than the test images.")
+    if len(images) != per_class * len(names):
+        raise ValueError(f"The spec asks for {per_class} {kind} images of each class, "
+                         f"got {len(images)} of {len(names)} classes.")
 
 # %% ../nbs/library/15_clip_tuning.ipynb #809c2b8c
-def _sources(spec: ClipSpec, clip: Clip, real: Images, test: Images, synthetic: Images | None) -> None:
-    "Refuse images or a CLIP that the spec does not name."
-    if spec.weights != clip.weights: raise ValueError(f"The spec names the CLIP {spec.weights}, the one given is {clip.weights}.")
-    if not spec.data.endswith(f"-{test.digest}"): raise ValueError(f"The spec names the images {spec.data}, those to accuracy on are {test.digest}.")
-    for kind, images, n in (("real", real, spec.shots), ("synthetic", synthetic, spec.per_class)):
-        if n and images is None: raise ValueError(f"Pipeline {spec.pipeline!r} needs synthetic images: generate some and pass them.")
-        if n and images.names != test.names: raise ValueError(f"The {kind} images have other classes than those to accuracy on.")
-        if n and len(images) != n * len(test.names): raise ValueError(f"The spec asks for {n} {kind} images of each of {len(test.names)} classes, got {len(images)} in all.")
+def _check_sources(spec: ClipSpec,
+                   clip: Clip,
+                   real: Images,
+                   test: Images,
+                   synthetic: Images | None,
+                  ) -> None:
+    "Raise an error for images or a CLIP that the spec does not name."
+    if spec.weights != clip.weights:
+        raise ValueError(f"The spec names the CLIP {spec.weights}, the one given is {clip.weights}.")
+    if not spec.data.endswith(f"-{test.digest}"):
+        raise ValueError(f"The spec names the images {spec.data}, the test images given are {test.digest}.")
+    _check_images("real", real, spec.shots, test.names)
+    _check_images("synthetic", synthetic, spec.per_class, test.names)
 
+# %% ../nbs/library/15_clip_tuning.ipynb #4a5d548b
 def clip_transfer(spec: ClipSpec,
                   clip: Clip, # the one that spec.weights names
                   real: Images, # real training images, already the subset that spec.shots names
-                  test: Images, # what is measured on, the split that spec.split names
+                  test: Images, # the split that spec.split names
                   root: str | Path, # embeddings are kept in folders below
                   synthetic: Images | None = None, # the images that spec.synthetic and spec.per_class name
                   label: str | None = None, # of the progress bar; None shows none
-                 ) -> dict: # a result of JSON values
+                 ) -> dict[str, object]: # a result of JSON values
     "Run a pipeline of CLIP tuning."
-    _sources(spec, clip, real, test, synthetic)
-    started, head = time(), zero_shot_head(clip, test.names, templates(spec.templates))
-    images, z, curves = dict(real=real, synthetic=synthetic), image_embeddings(clip, test, root), []
-    zero_shot = accuracy(head_predict(z, head).argmax(1), test.labels, spec.metric)
+    _check_sources(spec, clip, real, test, synthetic)
+    started = time()
+    images = dict(real=real, synthetic=synthetic)
+    z = image_embeddings(clip, test, root)
+    head = zero_shot_head(clip, test.names, templates(spec.templates))
+    zero_shot = head_result(z, head, test.labels, spec.metric)["accuracy"]
+    curves = []
     for kinds in CLIP_PIPELINES[spec.pipeline]:
-        seen = {k: (image_embeddings(clip, images[k], root), images[k].labels) for k in kinds}
-        head, curve = tune(head, seen, spec, stable_hash(spec.seed, "CLIP", *kinds), str(clip.model.device), label and f"{label}, {' and '.join(kinds)}")
+        seen = {kind: (image_embeddings(clip, images[kind], root), images[kind].labels) for kind in kinds}
+        seed = stable_hash(spec.seed, "CLIP", *kinds)
+        head, curve = tune(head, seen, spec, seed, str(clip.model.device), label and f"{label}, {' and '.join(kinds)}")
         curves.append(curve)
-    guesses, stage1 = head_predict(z, head).argmax(1), dict(stage1=curves[0]) if len(curves) > 1 else {}
-    return dict(accuracy=accuracy(guesses, test.labels, spec.metric), metric=spec.metric, predictions=guesses.tolist(), labels=test.labels.tolist(),
-                zero_shot=zero_shot, curve=curves[-1], **stage1, seconds=round(time() - started, 2))
+    result = head_result(z, head, test.labels, spec.metric)
+    stage1 = dict(stage1=curves[0]) if len(curves) > 1 else {}
+    return dict(**result, zero_shot=zero_shot, curve=curves[-1], **stage1, seconds=round(time() - started, 2))

@@ -6,55 +6,83 @@
 __all__ = ['VERDICTS', 'summary', 'resample', 'Difference', 'interval', 'paired_difference', 'compare', 'tally', 'choose_rates']
 
 # %% ../nbs/library/17_statistics.ipynb #886d81f9
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 from scipy.special import ndtri, stdtrit
 
 # %% ../nbs/library/17_statistics.ipynb #7065fbfa
 def summary(frame: pd.DataFrame, # one row per run
-            by: list, # columns that name a cell of the table
+            by: list[str], # columns that name a cell of the table
             value: str = "accuracy", # the column to summarise
            ) -> pd.DataFrame: # the columns `by`, mean, sd, n; in the order in which the cells first appear
     "Mean, standard deviation and number of runs in each cell."
-    if frame[value].isna().any(): raise ValueError(f"{int(frame[value].isna().sum())} rows have no {value}.")
+    missing = int(frame[value].isna().sum())
+    if missing: raise ValueError(f"{missing} rows have no {value}: leave them out.")
     return frame.groupby(list(by), sort=False)[value].agg(mean="mean", sd="std", n="size").reset_index()
 
 # %% ../nbs/library/17_statistics.ipynb #7369d8c8
-def _columns(D: np.ndarray, # (S, n)
-            ) -> tuple: # distinct columns (S, k) in order of first appearance, how often each occurs (k,)
-    "The distinct columns of a matrix and their counts."
+def _distinct_columns(D: np.ndarray, # (S, n)
+                     ) -> tuple[np.ndarray, np.ndarray]: # columns (S, k) in order of first appearance; counts (k,)
+    "The distinct columns of a matrix, and how often each occurs."
     _, first, counts = np.unique(D, axis=1, return_index=True, return_counts=True)
     order = np.argsort(first)
     return D[:, first[order]], counts[order]
 
+# %% ../nbs/library/17_statistics.ipynb #81acce94
 def resample(D: np.ndarray, # (S, n) differences, one row per seed, one column per test image
-             groups: np.ndarray | None = None, # (n,) images are drawn within a group, groups weigh the same; None: one group
+             groups: np.ndarray | None = None, # (n,) images are drawn within groups of equal weight; None: one group
              draws: int = 10_000,
              seed: int = 0, # of the draws
-            ) -> tuple: # means over redrawn seeds and images (draws,); means over the seeds as they are (draws,)
-    "Bootstrap draws of the mean of D over its rows and columns."
-    rng, S = np.random.default_rng(seed), len(D)
+            ) -> np.ndarray: # (draws,) Δ*
+    "Bootstrap draws of Δ over seeds and images."
+    rng = np.random.default_rng(seed)
+    S = len(D)
     groups = np.zeros(D.shape[1], int) if groups is None else np.asarray(groups)
-    by_seed = np.zeros((draws, S)) # of each draw of images, the mean of each row of D
-    for g in (names := np.unique(groups)):
-        columns, counts = _columns(D[:, groups == g])
+    names = np.unique(groups)
+    by_seed = np.zeros((draws, S)) # Δ*_s, over the redrawn images
+    for g in names:
+        columns, counts = _distinct_columns(D[:, groups == g])
         n = counts.sum()
-        by_seed += rng.multinomial(n, counts / n, draws) @ columns.T / (n * len(names))
-    return (by_seed * rng.multinomial(S, np.full(S, 1 / S), draws) / S).sum(1), by_seed.mean(1)
+        times = rng.multinomial(n, counts / n, draws) # that each column is drawn, (draws, k)
+        by_seed += times @ columns.T / (n * len(names))
+    times = rng.multinomial(S, np.full(S, 1 / S), draws) # that each seed is drawn, (draws, S)
+    return (by_seed * times / S).sum(1)
+
+# %% ../nbs/library/17_statistics.ipynb #4ace5813
+def _stretch(v: float, # variance of the draws
+             by_seed: np.ndarray, # (S,) Δ_s
+             level: float, # of the interval
+            ) -> float: # t_ν / z, at least 1
+    "How much wider an interval has to be because few seeds estimate their variance."
+    S = len(by_seed)
+    v_S = by_seed.var(ddof=1) / S if S > 1 else 0.
+    nu = (S - 1) * (max(v, v_S) / v_S)**2 if v_S > 1e-20 else np.inf
+    return stdtrit(nu, (1 + level) / 2) / ndtri((1 + level) / 2)
 
 # %% ../nbs/library/17_statistics.ipynb #60da1bb1
+VERDICTS = ("better", "worse", "inconclusive")
+
+# %% ../nbs/library/17_statistics.ipynb #4ecd48e1
+def _verdict(low: float, high: float, # of the interval
+             S: int, # seeds
+            ) -> str: # one of `VERDICTS`
+    "What an interval says of b, against a."
+    if S == 1 or low <= 0 <= high: return "inconclusive"
+    return "better" if low > 0 else "worse"
+
+# %% ../nbs/library/17_statistics.ipynb #d4bf55de
 @dataclass(frozen=True)
 class Difference:
     "How much better b is than a, over the same seeds and test images."
     difference: float # b minus a
     low: float # of the interval
     high: float # of the interval
-    verdict: str # "better", "worse" or "inconclusive": of b, against a
+    verdict: str # of b, against a: one of `VERDICTS`
     n: int # seeds
 
-VERDICTS = ("better", "worse", "inconclusive")
-
+# %% ../nbs/library/17_statistics.ipynb #946ea0ea
 def interval(D: np.ndarray, # (S, n) b minus a; a column per test image, or a single column
              groups: np.ndarray | None = None, # (n,) for mean per-class accuracy, the labels
              level: float = 0.95, # of the interval
@@ -62,18 +90,17 @@ def interval(D: np.ndarray, # (S, n) b minus a; a column per test image, or a si
              seed: int = 0, # of the draws
             ) -> Difference:
     "The mean of paired differences, its interval over seeds and images, and the verdict."
-    D, groups = np.asarray(D, float), np.zeros(np.shape(D)[1], int) if groups is None else np.asarray(groups)
-    if D.size == 0 or not np.isfinite(D).all(): raise ValueError(f"Differences must be finite numbers, seeds × images; got an array of shape {D.shape}.")
-    by_seed = np.mean([D[:, groups == g].mean(1) for g in np.unique(groups)], 0) # each seed's own difference, (S,)
-    delta, S = by_seed.mean(), len(D)
-    draw, _ = resample(D, groups, draws, seed)
-    low, high = np.quantile(draw, [(1 - level) / 2, (1 + level) / 2])
-    seeds = by_seed.var(ddof=1) / S if S > 1 else 0.
-    freedom = (S - 1) * (max(draw.var(), seeds) / seeds)**2 if seeds > 1e-20 else np.inf
-    stretch = stdtrit(freedom, (1 + level) / 2) / ndtri((1 + level) / 2) # quantiles of t and of the normal
-    low, high = delta + stretch * (low - delta), delta + stretch * (high - delta)
-    verdict = "inconclusive" if S == 1 else "better" if low > 0 else "worse" if high < 0 else "inconclusive"
-    return Difference(float(delta), float(low), float(high), verdict, S)
+    D = np.asarray(D, float)
+    if D.size == 0 or not np.isfinite(D).all():
+        raise ValueError(f"Differences must be finite numbers, seeds × images; got an array of shape {D.shape}.")
+    groups = np.zeros(D.shape[1], int) if groups is None else np.asarray(groups)
+    by_seed = np.mean([D[:, groups == g].mean(1) for g in np.unique(groups)], 0) # Δ_s, (S,)
+    delta = by_seed.mean()
+    draw = resample(D, groups, draws, seed)
+    stretch = _stretch(draw.var(), by_seed, level)
+    raw = np.quantile(draw, [(1 - level) / 2, (1 + level) / 2])
+    low, high = delta + stretch * (raw - delta)
+    return Difference(float(delta), float(low), float(high), _verdict(low, high, len(D)), len(D))
 
 # %% ../nbs/library/17_statistics.ipynb #54d53c83
 def paired_difference(a: np.ndarray, # (S, n) predicted labels of pipeline a, one row per seed
@@ -86,21 +113,41 @@ def paired_difference(a: np.ndarray, # (S, n) predicted labels of pipeline a, on
                      ) -> Difference: # in shares of 1
     "Is b more accurate than a? Paired over seeds and test images."
     a, b, labels = (np.asarray(x) for x in (a, b, labels))
-    if metric not in ("top1", "mean_per_class"): raise ValueError(f"Unknown metric {metric!r}: choose top1 or mean_per_class.")
+    if metric not in ("top1", "mean_per_class"):
+        raise ValueError(f"Unknown metric {metric!r}: choose top1 or mean_per_class.")
     if a.ndim != 2 or a.shape != b.shape or labels.shape != a.shape[1:]:
-        raise ValueError(f"Paired predictions are two arrays (seeds, images) and labels (images,), got {a.shape}, {b.shape} and {labels.shape}.")
-    return interval((b == labels) * 1. - (a == labels), labels if metric == "mean_per_class" else None, level, draws, seed)
+        raise ValueError("Paired predictions are two arrays (seeds, images) and labels (images,), "
+                         f"got {a.shape}, {b.shape} and {labels.shape}.")
+    D = (b == labels) * 1. - (a == labels)
+    return interval(D, labels if metric == "mean_per_class" else None, level, draws, seed)
 
 # %% ../nbs/library/17_statistics.ipynb #8a1aadc4
 def _runs(cell: pd.DataFrame, # one row per run
           where: str, # to name in an error
          ) -> pd.DataFrame: # by seed
     "A cell's runs in the order of their seeds."
-    if cell["seed"].duplicated().any(): raise ValueError(f"{where}: seed {cell['seed'][cell['seed'].duplicated()].iloc[0]} stands twice.")
+    twice = cell["seed"][cell["seed"].duplicated()]
+    if len(twice): raise ValueError(f"{where}: seed {twice.iloc[0]} occurs twice.")
     return cell.set_index("seed").sort_index()
 
+# %% ../nbs/library/17_statistics.ipynb #a873b960
+def _pair(base: pd.DataFrame, # runs by seed
+          other: pd.DataFrame, # runs by seed
+          where: str, # to name in an error
+          **kwargs, # of `paired_difference`
+         ) -> Difference: # of other, against base
+    "Compare runs seed by seed and image by image."
+    if list(other.index) != list(base.index):
+        raise ValueError(f"{where}: seeds {list(other.index)} against {list(base.index)}, run those that are missing.")
+    labels = base["labels"].iloc[0]
+    if any(l != labels for l in [*base["labels"], *other["labels"]]):
+        raise ValueError(f"{where}: the runs were evaluated on different test labels.")
+    metric = base["metric"].iloc[0]
+    return paired_difference(list(base["predictions"]), list(other["predictions"]), labels, metric, **kwargs)
+
+# %% ../nbs/library/17_statistics.ipynb #83bc7d54
 def compare(frame: pd.DataFrame, # records: pipeline, seed, predictions, labels, metric and the columns `by`
-            by: list, # columns that name a task, such as dataset, arch and shots
+            by: list[str], # columns that name a task, such as dataset, arch and shots
             baseline="vanilla", # what the others are compared with: a value of `column`
             column: str = "pipeline", # names the rivals; a sweep has another, such as per_class
             **kwargs, # level, draws and seed of `paired_difference`
@@ -109,36 +156,38 @@ def compare(frame: pd.DataFrame, # records: pipeline, seed, predictions, labels,
     rows = []
     for task, cell in frame.groupby(list(by), sort=False):
         where = " × ".join(map(str, task))
-        runs = {p: _runs(c, f"{where}, {p}") for p, c in cell.groupby(column, sort=False)}
-        if baseline not in runs: raise ValueError(f"{where} has no runs of {baseline}; there are {', '.join(map(str, runs))}.")
+        runs = {rival: _runs(c, f"{where}, {rival}") for rival, c in cell.groupby(column, sort=False)}
+        if baseline not in runs:
+            raise ValueError(f"{where} has no runs of {baseline}; there are {', '.join(map(str, runs))}.")
         base = runs.pop(baseline)
-        for p, other in runs.items():
-            if list(other.index) != list(base.index): raise ValueError(f"{where}: {p} has the seeds {list(other.index)}, {baseline} has {list(base.index)}.")
-            labels = base["labels"].iloc[0]
-            if any(l != labels for l in [*base["labels"], *other["labels"]]): raise ValueError(f"{where}: the runs were judged on different test labels.")
-            d = paired_difference(list(base["predictions"]), list(other["predictions"]), labels, base["metric"].iloc[0], **kwargs)
-            rows.append({**dict(zip(by, task)), column: p} | dict(difference=d.difference, low=d.low, high=d.high, verdict=d.verdict, n=d.n))
+        for rival, other in runs.items():
+            d = _pair(base, other, f"{where}, {rival} against {baseline}", **kwargs)
+            rows.append(dict(zip(by, task)) | {column: rival} | asdict(d))
     return pd.DataFrame(rows, columns=[*by, column, "difference", "low", "high", "verdict", "n"])
 
 # %% ../nbs/library/17_statistics.ipynb #45c268a2
-def tally(verdicts, # words out of VERDICTS
+def tally(verdicts: Iterable[str], # of `VERDICTS`
           things: str = "datasets", # what was compared
-          against: str = "vanilla", # what with
+          against: str = "vanilla", # the baseline
          ) -> str:
-    "Verdicts as words: 'better than vanilla on 2 of 3 datasets, worse on 0, inconclusive on 1'."
+    "Verdicts in words: 'better than vanilla on 2 of 3 datasets, worse on 0, inconclusive on 1'."
     verdicts = list(verdicts)
+    unknown = sorted({str(v) for v in verdicts if v not in VERDICTS})
+    if unknown: raise ValueError(f"Verdicts are {', '.join(VERDICTS)}; got {', '.join(unknown)}.")
     better, worse, open_ = (verdicts.count(v) for v in VERDICTS)
-    if better + worse + open_ != len(verdicts): raise ValueError(f"Verdicts are {', '.join(VERDICTS)}; got {', '.join(sorted(set(map(str, verdicts))))}.")
     return f"better than {against} on {better} of {len(verdicts)} {things}, worse on {worse}, inconclusive on {open_}"
 
 # %% ../nbs/library/17_statistics.ipynb #f2895644
 def choose_rates(cells: pd.DataFrame, # one row per run: dataset, arch, pipeline, lr, accuracy on validation images
                 ) -> pd.DataFrame: # dataset, arch, pipeline, lr, validation_accuracy, origin, edge
     "The best learning rate of each dataset, architecture and pipeline; ties go to the smaller."
-    by, rows, grid = ["dataset", "arch", "pipeline"], [], sorted(cells["lr"].unique())
+    by = ["dataset", "arch", "pipeline"]
+    smallest, largest = cells["lr"].agg(["min", "max"])
+    edges = {smallest: "smallest", largest: "largest"} if smallest < largest else {}
+    rows = []
     for cell, runs in cells.groupby(by, sort=False):
         rates = runs.groupby("lr")["accuracy"].agg(["mean", "size"]).sort_index()
-        mean = rates["mean"][rates["size"] == rates["size"].max()] # ascending rates, and idxmax takes the first of equals
-        edge = "" if len(grid) == 1 else {grid[0]: "smallest", grid[-1]: "largest"}.get(mean.idxmax(), "")
-        rows.append((*cell, float(mean.idxmax()), float(mean.max()), "tuned", edge))
+        mean = rates["mean"][rates["size"] == rates["size"].max()] # of rates that never failed, ascending
+        lr = mean.idxmax() # the first of equals
+        rows.append((*cell, float(lr), float(mean.max()), "tuned", edges.get(lr, "")))
     return pd.DataFrame(rows, columns=[*by, "lr", "validation_accuracy", "origin", "edge"])

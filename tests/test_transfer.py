@@ -16,19 +16,19 @@ import bridgexfer.finetune as finetune_module
 from bridgexfer import backbones
 from bridgexfer.artefacts import read_json, spec_hash
 from bridgexfer.backbones import ARCHS, backbone_digest, create_backbone
-from bridgexfer.evaluation import predict
 from bridgexfer.data.registry import load_dataset
 from bridgexfer.datasets import GLYPHS, hold_out
+from bridgexfer.evaluation import predict
+from bridgexfer.finetune import FinetuneSpec, NonFiniteLoss, begin, finetune, load_state, save_state, train_epoch
 from bridgexfer.images import as_images
-from bridgexfer.finetune import FinetuneSpec, NonFiniteLoss, finetune
-from bridgexfer.study.settings import load_settings
 from bridgexfer.miniature.typeset import DIGITS, corpus
-from bridgexfer.study.grid import recipe_of
+from bridgexfer.study.grid import Study
 from bridgexfer.transfer import BridgeSpec, CONTROLS, PIPELINES, Recipe, Run, Task, load_bridge, make_bridge
 from bridgexfer.transfer import pipeline, run_task
 
 ARCH = "mini_resnet10"
-RECIPE = Recipe(epochs=1, few_epochs=2, mixed_epochs=1, stage1_epochs=1, stage1_lr=0.03, mixup=0.2, batch=64, momentum=0.9, weight_decay=5e-4)
+RECIPE = Recipe(epochs=1, few_epochs=2, mixed_epochs=1, stage1_epochs=1, stage1_lr=0.03, mixup=0.2,
+                batch=64, momentum=0.9, weight_decay=5e-4)
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +66,24 @@ def test_controls_are_what_they_say(task, synthetic, tmp_path):
     # vanilla with the same compute sees as many images as both stages of bridged transfer together, to a batch
     assert 0 <= 40 * spec["vanilla_long"].epochs - (40 * spec["bridged"].epochs + 200 * RECIPE.stage1_epochs) < 40
     assert [n for n, s in spec.items() if s.mixup] == ["vanilla_mixup", "mixed_mixup"]
-    assert spec["bridged_mixup"].bridge == spec["bridged_pp"].bridge != spec["bridged"].bridge == spec["synthetic"].bridge
+    assert spec["bridged_mixup"].bridge == spec["bridged_pp"].bridge
+    assert spec["bridged_mixup"].bridge != spec["bridged"].bridge == spec["synthetic"].bridge
     model, result = run(task, "synthetic", synthetic, tmp_path)
-    bridge = load_bridge(next(tmp_path.iterdir()), ARCH, 10)
+    bridge = load_bridge(next(tmp_path.iterdir()), 10)
     assert result["curve"] == [] and torch.equal(weights(model), weights(bridge)) # no real image was trained on
     assert spec["synthetic"].epochs == spec["synthetic"].lr == 0
 
 
 def test_vision_transformers_have_a_batch_and_a_weight_decay_of_their_own():
-    s = load_settings("paper")
-    conv, vit = recipe_of(s, "resnet50"), recipe_of(s, "vit_base")
+    paper = Study("paper")
+    conv = paper.recipe("resnet50")
+    vit = paper.recipe("vit_base")
     assert (conv.batch, conv.weight_decay) == (64, 5e-4) and (vit.batch, vit.weight_decay) == (128, 0) # appendix A
 
 
 def test_bridges_are_shared_by_shots_rates_and_fc_reinit(task, synthetic, tmp_path):
-    for name, shots, lr in (("bridged", 4, 0.03), ("bridged", 0, 0.03), ("bridged_fc", 4, 0.01)): run(task, name, synthetic, tmp_path, shots, lr=lr)
+    for name, shots, lr in (("bridged", 4, 0.03), ("bridged", 0, 0.03), ("bridged_fc", 4, 0.01)):
+        run(task, name, synthetic, tmp_path, shots, lr=lr)
     assert len(list(tmp_path.iterdir())) == 1
     run(task, "bridged_pp", synthetic, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
@@ -94,8 +97,11 @@ def test_anything_that_changes_makes_another_bridge_and_another_record(task, syn
         return spec_hash(t.bridge(point, hash_)), spec_hash(t.spec(point, 0.03, hash_))
     base = addresses(task)
     assert base == addresses(task)
-    changed = [addresses(replace(task, recipe=replace(RECIPE, **{k: v}))) for k, v in dict(stage1_epochs=2, stage1_lr=0.1, momentum=0.8, batch=32, weight_decay=0.).items()]
-    changed += [addresses(task, "b"), addresses(task, per_class=10), addresses(task, seed=1), addresses(replace(task, info=replace(task.info, augment=replace(GLYPHS, flip=True))))]
+    others = dict(stage1_epochs=2, stage1_lr=0.1, momentum=0.8, batch=32, weight_decay=0.)
+    changed = [addresses(replace(task, recipe=replace(RECIPE, **{k: v}))) for k, v in others.items()]
+    changed += [addresses(task, "b"), addresses(task, per_class=10), addresses(task, seed=1)]
+    flipped = replace(task.info, augment=replace(GLYPHS, flip=True))
+    changed.append(addresses(replace(task, info=flipped)))
     retrained = (backbones.SHIPPED/f"{ARCH}.safetensors").read_bytes()
     (tmp_path/f"{ARCH}.safetensors").write_bytes(retrained[:-1] + bytes([retrained[-1] ^ 1]))
     with monkeypatch.context() as m:
@@ -109,13 +115,14 @@ def test_the_result_does_not_depend_on_the_test_images(task, synthetic, tmp_path
     "No epoch and no rate is chosen on test: with other test images and labels the trained weights are the same bits."
     other = replace(task, test=as_images(255 - task.test.pixels, np.roll(task.test.labels, 7), task.test.names))
     for name in ("vanilla", "bridged_pp"):
-        (a, _), (b, _) = run(task, name, synthetic, tmp_path), run(other, name, synthetic, tmp_path)
+        a, _ = run(task, name, synthetic, tmp_path)
+        b, _ = run(other, name, synthetic, tmp_path)
         assert torch.equal(weights(a), weights(b))
 
 
 def test_what_is_reported_is_the_model_after_its_last_epoch(task, synthetic, tmp_path):
     model, result = run(task, "mixed", synthetic, tmp_path)
-    guesses = predict(model, task.test, ARCH).argmax(1)
+    guesses = predict(model, task.test).argmax(1)
     assert guesses.tolist() == result["predictions"] and result["accuracy"] == np.mean(guesses == task.test.labels)
 
 
@@ -124,7 +131,8 @@ def test_the_tuning_job_never_measures_on_test(tmp_path):
     from bridgexfer.study.settings import find_settings
     root = find_settings().parent
     settings = json.dumps(dict(runs=str(tmp_path), pipelines="vanilla bridged", images="20"))
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "nbs/jobs/tune.ipynb", str(tmp_path/"out.ipynb"), "-p", "overrides", settings]
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "nbs/jobs/tune.ipynb", str(tmp_path/"out.ipynb"),
+               "-p", "overrides", settings]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     records = [json.loads(p.read_text()) for p in (tmp_path/"smoke"/"records"/"tune").glob("*.json")]
@@ -136,7 +144,8 @@ def test_the_tuning_job_never_measures_on_test(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_bits(task, synthetic, tmp_path):
-    a, b, c = (run(task, "bridged_pp", synthetic, tmp_path/str(i), seed=s)[0] for i, s in ((0, 0), (1, 0), (2, 1)))
+    def model(root, seed): return run(task, "bridged_pp", synthetic, tmp_path/root, seed=seed)[0]
+    a, b, c = (model(*at) for at in (("a", 0), ("b", 0), ("c", 1)))
     assert torch.equal(weights(a), weights(b)) and not torch.equal(weights(a), weights(c))
 
 
@@ -147,8 +156,10 @@ def test_a_loss_that_is_not_finite_leaves_nothing(task, synthetic, tmp_path):
 
 
 CHILD = """
-import sys; sys.path.insert(0, sys.argv[1])
-import torch; torch.set_num_threads(1)
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
 import test_transfer as t
 from bridgexfer.images import as_images
 from bridgexfer.miniature.typeset import DIGITS, corpus
@@ -158,21 +169,26 @@ t.make_bridge(*t.long_bridge(as_images(pixels, labels, DIGITS.values())), sys.ar
 
 
 def long_bridge(synthetic): # its spec and its images: many epochs, and mixup
-    return BridgeSpec(ARCH, backbone_digest(ARCH), synthetic.digest, 20, 0, FinetuneSpec(0.03, 60, mixup=0.2, augment=GLYPHS)), synthetic
+    training = FinetuneSpec(0.03, 60, mixup=0.2, augment=GLYPHS)
+    return BridgeSpec(ARCH, backbone_digest(ARCH), synthetic.digest, 20, 0, training), synthetic
 
 
-def test_a_killed_stage_1_goes_on_where_it_was(synthetic, monkeypatch, tmp_path, one_thread):
-    "SIGKILL while the bridge is trained: what is left is no bridge, and the next call ends with the bits of an undisturbed run."
+def test_a_killed_stage_1_resumes_where_it_was(synthetic, monkeypatch, tmp_path, one_thread):
+    "SIGKILL while the bridge trains leaves no bridge, and the next call ends with the bits of an undisturbed run."
     spec, _ = long_bridge(synthetic)
     folder = tmp_path/"killed"/spec_hash(spec)
     child = subprocess.Popen([sys.executable, "-c", CHILD, os.path.dirname(__file__), str(tmp_path/"killed")])
-    while not (folder/"state.safetensors").exists(): assert child.poll() is None; time.sleep(0.01)
+    while not (folder/"state.safetensors").exists():
+        assert child.poll() is None
+        time.sleep(0.01)
     time.sleep(0.2) # into some epoch
-    child.send_signal(signal.SIGKILL); child.wait()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
     with safe_open(folder/"state.safetensors", "pt") as f: done = len(json.loads(f.metadata()["training"])["curve"])
     assert 1 <= done < 60 and not (folder/"bridge.json").exists()
     (folder/"model.safetensors").write_bytes(b"half")
-    steps, step = [], finetune_module.train_step
+    steps = []
+    step = finetune_module.train_step
     monkeypatch.setattr(finetune_module, "train_step", lambda *a: steps.append(1) or step(*a))
     resumed = make_bridge(*long_bridge(synthetic), tmp_path/"killed")
     assert len(steps) == (60 - done) * 4 # four batches in an epoch
@@ -185,22 +201,57 @@ def test_a_killed_stage_1_goes_on_where_it_was(synthetic, monkeypatch, tmp_path,
 def test_mixup_zero_is_no_mixup_and_mixup_changes_training(synthetic):
     def end(alpha):
         model = create_backbone(ARCH, 10)
-        finetune(model, synthetic, FinetuneSpec(0.03, 1, mixup=alpha, augment=GLYPHS), ARCH, seed=0)
+        finetune(model, synthetic, FinetuneSpec(0.03, 1, mixup=alpha, augment=GLYPHS), seed=0)
         return weights(model)
     assert torch.equal(end(0.), end(0.)) and not torch.equal(end(0.), end(0.2))
 
 
 def test_odd_batches_are_trained_on(synthetic):
     for n in (2, 63, 65):
-        assert len(finetune(create_backbone(ARCH, 10), synthetic.take(np.arange(n)), FinetuneSpec(0.01, 2, augment=GLYPHS), ARCH, seed=0)) == 2
+        few = synthetic.take(np.arange(n))
+        assert len(finetune(create_backbone(ARCH, 10), few, FinetuneSpec(0.01, 2, augment=GLYPHS), seed=0)) == 2
+
+
+def test_a_watched_training_is_the_training(synthetic):
+    "`on_step` sees every step with its gradients, may evaluate the model and changes no bit; no gradient is left over."
+    spec = FinetuneSpec(0.03, 2, mixup=0.2, augment=GLYPHS)
+    seen = []
+    def watch(t, step):
+        assert all(p.grad is not None for p in t.model.parameters())
+        predict(t.model, synthetic.take(np.arange(5)))
+        seen.append((len(t.curve), t.sched.last_epoch, step.n))
+    plain = create_backbone(ARCH, 10)
+    watched = create_backbone(ARCH, 10)
+    predict(watched, synthetic.take(np.arange(5))) # before any training, as whoever scores it first does
+    assert finetune(plain, synthetic, spec, 0) == finetune(watched, synthetic, spec, 0, on_step=watch)
+    assert torch.equal(weights(plain), weights(watched))
+    assert seen == [(0, 1, 50), (0, 2, 50), (0, 3, 50), (0, 4, 50), (1, 5, 50), (1, 6, 50), (1, 7, 50), (1, 8, 50)]
+    assert all(p.grad is None for p in watched.parameters())
+
+
+@pytest.mark.parametrize("momentum", [0., 0.9])
+def test_a_state_holds_all_that_changes(synthetic, tmp_path, momentum):
+    spec = FinetuneSpec(0.03, 3, momentum=momentum, mixup=0.2, augment=GLYPHS)
+    def training(seed=0): return begin(create_backbone(ARCH, 10), synthetic, spec, seed)
+    t = training()
+    train_epoch(t)
+    save_state(tmp_path/"state", t)
+    resumed = training()
+    load_state(tmp_path/"state", resumed)
+    assert train_epoch(t) == train_epoch(resumed) and torch.equal(weights(t.model), weights(resumed.model))
+    with pytest.raises(ValueError, match="another training.*seed 0.*not .*seed 1.*delete it"):
+        load_state(tmp_path/"state", training(seed=1))
 
 
 def test_mistakes_name_the_choices(task, synthetic):
     with pytest.raises(ValueError, match="vanilla, mixed, bridged, bridged_fc, bridged_pp"): pipeline("bridge")
-    with pytest.raises(ValueError, match="mini_resnet10, mini_resnet18, mini_vit, resnet18"): create_backbone("resnet99")
+    known = "mini_resnet10, mini_resnet18, mini_vit, resnet18"
+    with pytest.raises(ValueError, match=known): create_backbone("resnet99")
     with pytest.raises(ValueError, match="choose 1 to"): run(task, "vanilla", synthetic, "unused", shots=999)
-    with pytest.raises(ValueError, match="needs synthetic images"): run_task(task, Run("mixed", 4, 0, 20), 0.03, ("", None), "unused")
-    with pytest.raises(ValueError, match="asks for 10 synthetic images of each of 10 classes, got 200"): run_task(task, Run("mixed", 4, 0, 10), 0.03, ("x", synthetic), "unused")
+    with pytest.raises(ValueError, match="needs synthetic images"):
+        run_task(task, Run("mixed", 4, 0, 20), 0.03, ("", None), "unused")
+    with pytest.raises(ValueError, match="asks for 10 synthetic images of each of 10 classes, got 200"):
+        run_task(task, Run("mixed", 4, 0, 10), 0.03, ("x", synthetic), "unused")
     with pytest.raises(ValueError, match="class names, their order"):
         run(task, "mixed", as_images(synthetic.pixels, synthetic.labels, tuple("abcdefghij")), "unused")
     with pytest.raises(ValueError, match="lr > 0"): FinetuneSpec(lr=0, epochs=1)
