@@ -157,11 +157,10 @@ def mean_text(r, # a row of a measured table
 def gap(r, # a row: difference, low, high, verdict
         end: str = "", # of the names of these columns, where a table has several comparisons
         digits: int = 1, # after the point
-        scale: float = 1., # of the numbers
         marked: bool = True, # with the mark of the verdict
        ) -> str: # empty where nothing was compared
     "A row's difference and its interval."
-    d, low, high = (scale * getattr(r, k + end) for k in ("difference", "low", "high"))
+    d, low, high = (getattr(r, k + end) for k in ("difference", "low", "high"))
     if np.isnan(d): return ""
     text = f"{d:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
     return text + MARKS[getattr(r, f"verdict{end}")] if marked else text
@@ -187,10 +186,10 @@ BY = ("arch", "shots", "pipeline") # what most tables have a row for
 def wide(table: pd.DataFrame, # a tidy table with a column `dataset`
          rows: Sequence[str] = BY, # columns; a row for each combination of their values
          text: Callable = mean_text, # a row of `table` -> its cell
-         names: Rows = {}, # of columns that `ROWS` does not have
+         names: Rows | None = None, # of columns that `ROWS` does not have
         ) -> pd.DataFrame: # of texts
     "A tidy table with datasets side by side; rows without any text are left out."
-    headings = {c: (ROWS | names)[c] for c in rows}
+    headings = {c: (ROWS | (names or {}))[c] for c in rows}
     cells = pd.DataFrame({head: table[c].map(call) for c, (head, call) in headings.items()})
     index = list(cells)
     cells["dataset"] = table["dataset"]
@@ -222,7 +221,7 @@ HOW_TO_READ = ("Test accuracy in %, mean ± standard deviation over n = {n} seed
 
 def show_measured(table: pd.DataFrame, # from `measured`
                   rows: Sequence[str] = BY, # columns, as `wide` takes them
-                  names: Rows = {}, # of columns that `ROWS` does not have
+                  names: Rows | None = None, # of columns that `ROWS` does not have
                   what: str = "the pipeline", # that a row is about
                   against: str = "vanilla", # the baseline
                  ):
@@ -476,7 +475,7 @@ def real_examples(images: Images,
 
 # %% ../../nbs/study/04_report.ipynb #68d3e256
 def made_examples(folder: str | Path, # the profile's runs
-                  entry: dict[str, object], # of `read_made`
+                  entry: dict[str, object], # of `read_manifest`
                   labels: np.ndarray, # of the classes to show
                  ) -> Examples:
     "The image of index 0 of each class in a synthetic set."
