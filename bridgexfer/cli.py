@@ -228,7 +228,7 @@ def plan(settings: KeyValues = None) -> int:
 @app.command()
 def table(settings: KeyValues = None) -> int:
     "The study's main table (Table 2), and the folder of all tables and figures."
-    from bridgexfer.study.records import show_table
+    from bridgexfer.study.report import show_table
     figures = os.path.relpath(_study(settings).figures_dir)
     path = Path(figures)/"tab2_pipelines.csv"
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: run `make study` with these settings first.")
