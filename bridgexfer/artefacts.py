@@ -69,9 +69,9 @@ def digest(path: str | Path) -> str: # 16 hexadecimal digits
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"There are no weights at {path}: check the path.")
     root = path.parent if path.is_file() else path
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     parts = []
-    for p in [path] if path.is_file() else sorted(path.rglob("*")):
-        if not p.is_file(): continue
+    for p in found:
         state = p.stat()
         parts.append((p.relative_to(root).as_posix(), _file_digest(str(p), state.st_size, state.st_mtime_ns)))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

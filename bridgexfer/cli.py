@@ -30,7 +30,7 @@ Seeds = Annotated[str | None, _option('"0 1 2"', "seeds, separated by blanks (de
 Model = Annotated[str | None, _option("MODEL", "text-to-image model, a folder or id of diffusers (default: profile's)")]
 Device = Annotated[str | None, _option("DEVICE", "cpu, cuda or cuda:1 (default: cuda where there is one)")]
 Style = Annotated[bool, _flag("--style", "in the dataset's learned style; the token is learned first if need be")]
-Profile = Annotated[str | None, _option("NAME", "section of settings.ini: miniature, evening, paper (default: file's)")]
+Profile = Annotated[str | None, _option("NAME", "section of settings.ini, such as evening (default: file's)")]
 AsJson = Annotated[bool, _flag("--json", "print one JSON value")]
 
 # %% ../nbs/apps/01_cli.ipynb #38c4d503
@@ -228,7 +228,7 @@ def plan(settings: KeyValues = None) -> int:
 @app.command()
 def table(settings: KeyValues = None) -> int:
     "The study's main table (Table 2), and the folder of all tables and figures."
-    from bridgexfer.study.records import show_table
+    from bridgexfer.study.report import show_table
     figures = os.path.relpath(_study(settings).figures_dir)
     path = Path(figures)/"tab2_pipelines.csv"
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: run `make study` with these settings first.")

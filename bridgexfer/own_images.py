@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from .study.grid import SHIPPED_NAMES
 
 # %% ../nbs/apps/00_own_images.ipynb #5e41513a
 from .artefacts import digest, spec_hash, write_json
@@ -25,7 +26,6 @@ from .data.registry import dataset_info
 from .datasets import Dataset, hold_out
 from .finetune import NonFiniteLoss
 from .images import Images
-from .miniature.typeset import WEB
 from .statistics import choose_rates, compare, summary
 from .study.grid import Study
 from .study.records import find_record, record_run, to_frame
@@ -40,7 +40,7 @@ def own_study(dataset: str, # a folder, or a name of the registry
              ) -> Study:
     "A profile for one dataset; its seeds share one synthetic set."
     study = Study(profile, **{"set_per_seed": 0, **overrides})
-    unknown = sorted(set(dataset_info(dataset).names) - set(WEB.values()))
+    unknown = sorted(set(dataset_info(dataset).names) - SHIPPED_NAMES)
     if study.offline and unknown:
         raise ValueError(f"The shipped model draws letters and digits and knows no {unknown[0]!r}: "
                          "take the profile evening, or another model.")

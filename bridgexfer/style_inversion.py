@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from .artefacts import atomic, hashed_as, provenance, spec_hash, stable_hash, write_json
 from .generation import check_choice, check_whole, embed, encode, make_scheduler
 from .images import Images
-from .models import TOKENS_FILE, find_weights, load_pipeline
+from .models import SHIPPED, TOKENS_FILE, find_weights, load_pipeline
 from .prompts import SINGLE_TEMPLATE, templates
 if TYPE_CHECKING: import diffusers
 
@@ -68,7 +68,7 @@ def check_inversion(spec: InversionSpec) -> None:
     if not spec.names: raise ValueError("An inversion needs at least one class name.")
 
 # %% ../nbs/library/07_style_inversion.ipynb #c34b6c24
-def inversion_spec(model: str, # "miniature", a folder, or "id@revision"
+def inversion_spec(model: str, # as in `find_model`
                    images: Images, # the real images to learn from: of a k-shot run, its subset
                    dataset: str, # where they come from
                    kind: str = "style", # or "class"
@@ -405,7 +405,7 @@ def invert(spec: InversionSpec,
            images: Images, # the real images of the spec; no other is read
            root: str | Path, # folder of tokens; this spec's get a folder in it, named by its hash
            pipe: "diffusers.StableDiffusionPipeline | None" = None, # an open one, left as it is; None: the model's
-           model: str = "miniature", # opened if there is no pipeline: "miniature", a folder, or "id@revision"
+           model: str = SHIPPED, # opened if there is no pipeline, as in `find_model`
            device: str = "cpu", # where the model is put if it is opened here
            label: str | None = None, # of the progress bar; None shows none
            every: int = 200, # steps between saves

@@ -21,8 +21,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 30 * 1024 # bytes of a cell's outputs, as stored
-SHOWN = ("image/png", "text/html", "text/latex", "text/markdown", "text/plain") # the kinds of output that GitHub shows
-os.environ["JUPYTER_PATH"] = str(ROOT/"docs") # for docs/kernels: a kernel that does not announce its transport
+SHOWN = ("image/jpeg", "image/png", "text/html", "text/latex", "text/markdown", "text/plain") # on GitHub
 
 
 def stored_size(outputs: list) -> int: # bytes
@@ -35,18 +34,24 @@ def portable(text: str) -> str:
     return re.sub(rf"{re.escape(gettempdir())}/\w+", "tmp", text.replace(str(ROOT), "."))
 
 
+def encoded(image: Image.Image, kind: str, **options) -> str: # base64
+    image.save(buffer := BytesIO(), kind, **options)
+    return b64encode(buffer.getvalue()).decode()
+
+
 def smaller(png: str, # base64
             limit: int, # bytes of the result
-           ) -> str: # base64
-    "A picture in 256 colours, and scaled down as far as the limit requires."
-    image = Image.open(BytesIO(b64decode(png))).convert("RGB")
-    scale, result = 1., png
-    while len(result) > limit and scale > 0.2:
-        size = (round(image.width * scale), round(image.height * scale))
-        image.resize(size, Image.LANCZOS).quantize(256).save(buffer := BytesIO(), "PNG", optimize=True)
-        result = b64encode(buffer.getvalue()).decode()
+           ) -> dict[str, str]: # kind of output -> base64
+    "A picture as it is, in 256 colours, as JPEG, or scaled down, whichever fits first."
+    if len(png) <= limit: return {"image/png": png}
+    image, scale = Image.open(BytesIO(b64decode(png))).convert("RGB"), 1.
+    while True:
+        part = image.resize((round(image.width * scale), round(image.height * scale)), Image.LANCZOS)
+        colours = encoded(part.quantize(256), "PNG", optimize=True)
+        if len(colours) <= limit: return {"image/png": colours}
+        photo = encoded(part, "JPEG", quality=90)
+        if len(photo) <= limit or scale < 0.2: return {"image/jpeg": photo}
         scale *= 0.9
-    return result
 
 
 def merged(outputs: list[NotebookNode]) -> list[NotebookNode]:
@@ -70,7 +75,7 @@ def tidy(outputs: list[NotebookNode], # of one cell
         if "image/png" in o.data: o.data.pop("text/plain", None) # the name of a figure's type
     pictures = [o for o in kept if "image/png" in o.get("data", {})]
     room = LIMIT - stored_size(kept) + sum(len(o.data["image/png"]) for o in pictures)
-    for o in pictures: o.data["image/png"] = smaller(o.data["image/png"], room // len(pictures))
+    for o in pictures: o.data |= smaller(o.data.pop("image/png"), room // len(pictures))
     return kept
 
 
@@ -92,6 +97,7 @@ def store(path: Path) -> list[str]: # what could not be stored, a sentence each
 
 
 if __name__ == "__main__":
+    os.environ["JUPYTER_PATH"] = str(ROOT/"docs") # for docs/kernels: a kernel that does not announce its transport
     library = sorted((ROOT/"nbs/library").glob("*.ipynb"))
     for path in map(Path, sys.argv[1:] or [ROOT/"nbs/00_tour.ipynb", *library]):
         print(path.name, flush=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from bridgexfer.artefacts import write_json
-from bridgexfer.study.records import differing, find_record, job_path, read_job, read_jobs, read_made, record_path
+from bridgexfer.study.records import differing, find_record, job_path, read_job, read_jobs, read_manifest, record_path
 from bridgexfer.study.records import short_name, to_frame, write_job, write_record
 
 
@@ -112,9 +112,9 @@ def test_datasets_that_are_folders_get_names_of_their_own(tmp_path):
 def test_what_a_job_made_is_listed(tmp_path):
     sets = [{"hash": "a1", "folder": "synthetic/a1"}]
     write_json(tmp_path/"generate"/"single-digits.json", {"sets": sets})
-    assert read_made(tmp_path, "generate", "single", "digits") == sets
+    assert read_manifest(tmp_path, "generate", "single", "digits") == sets
     with pytest.raises(FileNotFoundError, match="style-digits.json is missing: run `make paper`"):
-        read_made(tmp_path, "invert", "style", "digits", "make paper")
+        read_manifest(tmp_path, "invert", "style", "digits", "make paper")
 
 
 def test_frame_keeps_words_numbers_and_lists_of_the_result(tmp_path):

@@ -29,8 +29,10 @@ def test_ruff():
 
 def test_lines_of_the_package_are_short():
     "The notebooks' are checked by ruff; the package is generated, and its docstrings come from the notebooks' titles."
+    def written(path): # without the list of names, whose lines are nbdev's
+        return re.sub(r"__all__ = \[.*?\]", lambda m: "\n" * m[0].count("\n"), path.read_text(), flags=re.S)
     found = [f"{path.relative_to(ROOT)}:{number}: {len(line)} columns" for path in MODULES
-             for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > COLUMNS]
+             for number, line in enumerate(written(path).splitlines(), 1) if len(line) > COLUMNS]
     assert not found, offences(found)
 
 

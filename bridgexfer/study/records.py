@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECORD_KINDS', 'METHODS', 'json_values', 'record_path', 'find_record', 'differing', 'write_record', 'record_run',
-           'job_name', 'short_name', 'job_path', 'write_job', 'read_job', 'read_made', 'to_frame', 'read_jobs',
+           'job_name', 'short_name', 'job_path', 'write_job', 'read_job', 'read_manifest', 'to_frame', 'read_jobs',
            'read_rates', 'shots_label']
 
 # %% ../../nbs/study/01_records.ipynb #404d8208
@@ -129,7 +129,7 @@ def read_job(path: str | Path, # from `job_path`
     return [read_json(p) for p in paths]
 
 # %% ../../nbs/study/01_records.ipynb #2ddfed54
-def read_made(folder: str | Path, # the profile's runs
+def read_manifest(folder: str | Path, # the profile's runs
               job: str, # "generate" or "invert"
               group: str, # of sets or tokens: "single", "style", ...
               key: str, # the vocabulary or dataset that they belong to
