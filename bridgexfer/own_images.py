@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from .study.grid import SHIPPED_NAMES
 
 # %% ../nbs/apps/00_own_images.ipynb #5e41513a
 from .artefacts import digest, spec_hash, write_json
@@ -27,7 +26,7 @@ from .datasets import Dataset, hold_out
 from .finetune import NonFiniteLoss
 from .images import Images
 from .statistics import choose_rates, compare, summary
-from .study.grid import Study
+from .study.grid import SHIPPED_NAMES, Study
 from .study.records import find_record, record_run, to_frame
 from .style_inversion import invert
 from .synthetic_sets import SyntheticSet, generate
