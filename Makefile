@@ -24,7 +24,7 @@ CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
 WORKFLOW = $(RUN) snakemake --profile profiles/$(strip $(ON))
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG)) $(SNAKEMAKE_ARGS)
 
-.PHONY: help env study paper plan provenance tune datasets test test-all check lab docs docs-serve readme cost bench miniature clean
+.PHONY: help env study paper plan provenance tune datasets test test-all check lab docs docs-serve readme outputs cost bench miniature clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -61,7 +61,7 @@ test-all: $(STAMP) ## the same, and every job and paper notebook, faults, a mode
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported, links
-	@$(RUN) python -m pytest tests/test_project.py -k "not runs and not readme"
+	@$(RUN) python -m pytest tests/test_project.py tests/test_style.py -k "not runs and not readme"
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab nbs
@@ -76,6 +76,9 @@ docs-serve: docs ## show the site on localhost, at PORT=8000
 
 readme: $(STAMP) ## write README.md from nbs/index.ipynb
 	@$(RUN) python docs/readme.py
+
+outputs: $(STAMP) ## execute the tour and the library's notebooks, and store what they show (10 minutes on two cores)
+	@$(RUN) OMP_NUM_THREADS=1 python docs/outputs.py
 
 # What a machine measures: at miniature scale on a CPU, at the models' own sizes on a GPU.
 cpu_generation       = -p images 64 -p batch 64 -p steps 25 -p rounds 3

@@ -1,7 +1,7 @@
 """Writes the ten archives as their makers lay them out: true structure and annotation files, without the photographs.
 
-At full size the lists have the official counts; which class has how many images is made up where it is not the same for all. Stray
-files that the real archives or an operating system leave behind are written too.
+At full size the lists have the official counts; which class has how many images is made up where it is not the same
+for all. Stray files that the real archives or an operating system leave behind are written too.
 """
 import io
 import json
@@ -16,6 +16,7 @@ import numpy as np
 from bridgexfer.data.archives import ARCHIVES, Archive, CALTECH_SHOTS, class_sources
 
 EVEN = {"dtd", "food", "sun397"}  # as many images in each class
+EVEN_TRAIN = {"caltech101", "dogs", "flowers"}  # the same, of train alone
 STRAY = (".DS_Store", "Thumbs.db")
 
 
@@ -30,14 +31,18 @@ class Written:
 def write_archive(name, root, images="none", per_class=None):
     """Write an archive below a data root.
 
-    images: "none", "empty" (files of no bytes) or "tiny" (JPEGs of 12 pixels). Caltech101 is listed from its files, so it has empty ones at least.
-    per_class: None for the official counts, or (train, test) images for each class; Caltech101's train is 30 in any case.
+    images: "none", "empty" (files of no bytes) or "tiny" (JPEGs of 12 pixels).
+        Caltech101 is listed from its files, so it has empty ones at least.
+    per_class: None for the official counts, or (train, test) images for each class; Caltech101's train is always 30.
     """
-    archive, rng = ARCHIVES[name], random.Random(name)
-    counts = [(archive.train, archive.test)[i] if per_class is None else per_class[i] * archive.classes for i in (0, 1)]
-    if name == "caltech101": counts[0] = CALTECH_SHOTS * archive.classes
-    even = (name in EVEN or per_class is not None, name in EVEN | {"caltech101", "dogs", "flowers"} or per_class is not None)
-    train, test = (_labels(n, archive.classes, e, rng) for n, e in zip(counts, (even[1], even[0])))
+    archive = ARCHIVES[name]
+    rng = random.Random(name)
+    counts = (archive.train, archive.test) if per_class is None else (n * archive.classes for n in per_class)
+    train_count, test_count = counts
+    if name == "caltech101": train_count = CALTECH_SHOTS * archive.classes
+    small = per_class is not None
+    train = _labels(train_count, archive.classes, small or name in EVEN | EVEN_TRAIN, rng)
+    test = _labels(test_count, archive.classes, small or name in EVEN, rng)
     folder = Path(root)/archive.folder
     folder.mkdir(parents=True)
     train, test = WRITERS[name](folder, class_sources(name), train, test, rng)
@@ -45,7 +50,8 @@ def write_archive(name, root, images="none", per_class=None):
         (folder/path).parent.mkdir(parents=True, exist_ok=True)
         (folder/path).write_bytes(_jpeg(label) if images == "tiny" else b"")
     for stray in STRAY: (folder/stray).write_bytes(b"\0")
-    return Written(replace(archive, train=len(train), test=len(test)), *(frozenset((f"{archive.folder}/{p}", y) for p, y in part) for part in (train, test)))
+    def listed(part): return frozenset((f"{archive.folder}/{path}", label) for path, label in part)
+    return Written(replace(archive, train=len(train), test=len(test)), listed(train), listed(test))
 
 
 def _labels(count, classes, even, rng):
@@ -67,11 +73,13 @@ def _jpeg(label):
 
 
 def _numbered(parts, form, start=1):
-    "Paths from labels: form is called with the label and the image's number in its class, counting on from part to part."
+    "Paths from labels: form gets the label and the image's number in its class, which goes on from part to part."
     seen, out = Counter(), []
     for labels in parts:
         rows = []
-        for y in labels: rows.append((form(y, start + seen[y]), y)); seen[y] += 1
+        for y in labels:
+            rows.append((form(y, start + seen[y]), y))
+            seen[y] += 1
         out.append(rows)
     return out
 
@@ -119,13 +127,16 @@ def _caltech101(folder, sources, train, test, rng):
 
 def _cars(folder, sources, train, test, rng):
     kinds = [(n, object) for n in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")]
-    def rows(labels): return np.array([[(30, 52, 246, 147, np.uint8(y + 1), f"{i:05}.jpg") for i, y in enumerate(labels, 1)]], kinds)
+    def row(i, y): return (30, 52, 246, 147, np.uint8(y + 1), f"{i:05}.jpg")
+    def rows(labels): return np.array([[row(i, y) for i, y in enumerate(labels, 1)]], kinds)
+    def listed(split, labels): return [(f"cars_{split}/{i:05}.jpg", y) for i, y in enumerate(labels, 1)]
+    without_class = rows(test)[[n for n, _ in kinds if n != "class"]].astype(kinds[:4] + kinds[5:])
     _savemat(folder/"devkit"/"cars_train_annos.mat", {"annotations": rows(train)})
     _savemat(folder/"cars_test_annos_withlabels.mat", {"annotations": rows(test)})
-    _savemat(folder/"devkit"/"cars_test_annos.mat", {"annotations": rows(test)[[n for n, _ in kinds if n != "class"]].astype(kinds[:4] + kinds[5:])})
+    _savemat(folder/"devkit"/"cars_test_annos.mat", {"annotations": without_class})
     _savemat(folder/"devkit"/"cars_meta.mat", {"class_names": _cells(sources).T})
     _write(folder/"devkit"/"train_perfect_preds.txt", [y + 1 for y in train])
-    return tuple([(f"cars_{s}/{i:05}.jpg", y) for i, y in enumerate(labels, 1)] for s, labels in (("train", train), ("test", test)))
+    return listed("train", train), listed("test", test)
 
 
 def _cub(folder, sources, train, test, rng):
@@ -143,8 +154,9 @@ def _cub(folder, sources, train, test, rng):
 def _dtd(folder, sources, train, test, rng):
     train, test = _numbered((train, test), lambda y, i: f"{sources[y]}/{sources[y]}_{i:04}.jpg")
     cut = len(train) // 2
-    for partition in (1, 2):  # the second exchanges train and test
-        parts = dict(train=train[:cut], val=train[cut:], test=test) if partition == 1 else dict(train=test, val=train[cut:], test=train[:cut])
+    first = dict(train=train[:cut], val=train[cut:], test=test)
+    second = dict(train=test, val=train[cut:], test=train[:cut])
+    for partition, parts in ((1, first), (2, second)):
         for split, rows in parts.items(): _write(folder/"labels"/f"{split}{partition}.txt", (p for p, _ in rows))
     _write(folder/"labels"/"labels_joint_anno.txt", ["banded/banded_0001.jpg banded"])
     (folder/"imdb").mkdir()
@@ -155,8 +167,10 @@ def _dogs(folder, sources, train, test, rng):
     parts = _numbered((train, test), lambda y, i: f"{sources[y]}/{sources[y].partition('-')[0]}_{i * 7}.jpg")
     for split, rows in zip(("train", "test", "file"), (*parts, sum(parts, []))):
         names = [p for p, _ in rows]
-        _savemat(folder/f"{split}_list.mat", {"file_list": _cells(names), "annotation_list": _cells([n[:-4] for n in names]),
-                                              "labels": np.array([[y + 1] for _, y in rows], np.uint8)})
+        labels = np.array([[y + 1] for _, y in rows], np.uint8)
+        annotations = _cells([n[:-4] for n in names])
+        lists = {"file_list": _cells(names), "annotation_list": annotations, "labels": labels}
+        _savemat(folder/f"{split}_list.mat", lists)
     return tuple([(f"Images/{p}", y) for p, y in part] for part in parts)
 
 
@@ -167,7 +181,8 @@ def _flowers(folder, sources, train, test, rng):
     in_order[0, np.array(ids) - 1] = np.array(labels) + 1
     cut, end = len(train) // 2, len(train)
     _savemat(folder/"imagelabels.mat", {"labels": in_order})
-    _savemat(folder/"setid.mat", {n: np.array([part], np.uint16) for n, part in dict(trnid=ids[:cut], valid=ids[cut:end], tstid=ids[end:]).items()})
+    parts = dict(trnid=ids[:cut], valid=ids[cut:end], tstid=ids[end:])
+    _savemat(folder/"setid.mat", {n: np.array([part], np.uint16) for n, part in parts.items()})
     rows = [(f"jpg/image_{i:05}.jpg", y) for i, y in zip(ids, labels)]
     return rows[:end], rows[end:]
 
@@ -189,8 +204,10 @@ def _pets(folder, sources, train, test, rng):
     for split, rows in (("trainval", train), ("test", test)):
         _write(folder/"annotations"/f"{split}.txt", (line(p, y) for p, y in rows))
         (folder/"annotations"/f"._{split}.txt").write_bytes(b"\0\5\x16\7")
-    _write(folder/"annotations"/"list.txt", ["#Image CLASS-ID SPECIES BREED ID", *(line(p, y) for p, y in [*train, *test])])
-    for name in ("Abyssinian_104.jpg", *(f"Abyssinian_{i}.mat" for i in range(100, 103))): _write(folder/"images"/name, [])
+    lines = [line(p, y) for p, y in [*train, *test]]
+    _write(folder/"annotations"/"list.txt", ["#Image CLASS-ID SPECIES BREED ID", *lines])
+    for name in ("Abyssinian_104.jpg", *(f"Abyssinian_{i}.mat" for i in range(100, 103))):
+        _write(folder/"images"/name, [])
     return tuple([(f"images/{p}.jpg", y) for p, y in part] for part in (train, test))
 
 
@@ -204,4 +221,6 @@ def _sun397(folder, sources, train, test, rng):
     return tuple([(p[1:], y) for p, y in part] for part in (train, test))
 
 
-WRITERS = dict(aircraft=_aircraft, caltech101=_caltech101, cars=_cars, cub=_cub, dtd=_dtd, dogs=_dogs, flowers=_flowers, food=_food, pets=_pets, sun397=_sun397)
+WRITERS = {
+    "aircraft": _aircraft, "caltech101": _caltech101, "cars": _cars, "cub": _cub, "dtd": _dtd, "dogs": _dogs,
+    "flowers": _flowers, "food": _food, "pets": _pets, "sun397": _sun397}

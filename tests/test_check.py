@@ -1,4 +1,4 @@
-"""Folders of images as people have them: everything odd is read in one right way, or named; nothing is left out without a word."""
+"""Folders of images as people have them: what is odd is read one right way or named; nothing is silently left out."""
 import hashlib
 import json
 import os
@@ -30,8 +30,10 @@ def save(path, image, **kwargs):
 
 def png_header(width, height):
     "A PNG that claims a size and has no pixels."
-    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
 def whole(path): # upright, at full size
@@ -66,7 +68,8 @@ def found(folder, **kwargs): # {(kind, file)}
 @pytest.mark.parametrize("size", [(40, 50), (33, 32), (7, 90)])
 def test_ordinary_images_are_read_as_they_always_were(tmp_path, suffix, mode, size):
     path = save(tmp_path/f"a.{suffix}", noise(1, *size).convert(mode))
-    with Image.open(path) as im: before = np.asarray(ImageOps.fit(ImageOps.exif_transpose(im).convert("RGB"), (32, 32), Image.BICUBIC))
+    with Image.open(path) as im:
+        before = np.asarray(ImageOps.fit(ImageOps.exif_transpose(im).convert("RGB"), (32, 32), Image.BICUBIC))
     assert np.array_equal(read_image(path, 32), before)
 
 
@@ -74,10 +77,12 @@ def test_ordinary_images_are_read_as_they_always_were(tmp_path, suffix, mode, si
 def test_images_are_turned_upright(tmp_path, orientation):
     pixels = np.zeros((48, 64, 3), np.uint8)
     pixels[:8, :8] = 255 # a mark in the first corner of the file
-    exif = Image.Exif(); exif[0x0112] = orientation
+    exif = Image.Exif()
+    exif[0x0112] = orientation
     seen = whole(save(tmp_path/"a.png", Image.fromarray(pixels), exif=exif))
     assert seen.shape == ((48, 64, 3) if orientation < 5 else (64, 48, 3))
-    corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}[orientation]
+    corners = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+    corner = corners[orientation]
     assert seen[corner].tolist() == [255] * 3 and seen.astype(int).sum() == pixels.astype(int).sum()
 
 
@@ -85,34 +90,50 @@ RAMP = np.linspace(0, 65535, 64).reshape(8, 8)
 SHADES = np.linspace(0, 255, 64).reshape(8, 8)
 
 
-@pytest.mark.parametrize(("suffix", "values"), [
-    ("png", RAMP.astype(np.uint16)), ("tif", RAMP.astype(np.uint16)), ("tif", RAMP.astype(">u2")), ("pgm.ppm", RAMP.astype(np.uint16)), ("tif", RAMP.astype(np.int32)),
-    ("tif", (RAMP / 65535).astype(np.float32)), ("tif", SHADES.astype(np.float32)),
-    ("tif", (RAMP * 1000).astype(np.int32)), ("tif", (RAMP - 30000).astype(np.int32)), ("tif", (RAMP - 7).astype(np.float32))],
-    ids=["png", "tif", "tif, big end first", "ppm", "32 bits", "float to 1", "float to 255", "large", "negative", "float, negative"])
-def test_deep_images_are_scaled_and_not_clipped(tmp_path, suffix, values):
+DEEP = {
+    "png": ("png", RAMP.astype(np.uint16)),
+    "tif": ("tif", RAMP.astype(np.uint16)),
+    "tif, big end first": ("tif", RAMP.astype(">u2")),
+    "ppm": ("pgm.ppm", RAMP.astype(np.uint16)),
+    "32 bits": ("tif", RAMP.astype(np.int32)),
+    "float to 1": ("tif", (RAMP / 65535).astype(np.float32)),
+    "float to 255": ("tif", SHADES.astype(np.float32)),
+    "large": ("tif", (RAMP * 1000).astype(np.int32)),
+    "negative": ("tif", (RAMP - 30000).astype(np.int32)),
+    "float, negative": ("tif", (RAMP - 7).astype(np.float32))}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_deep_images_are_scaled_and_not_clipped(tmp_path, kind):
+    suffix, values = DEEP[kind]
     seen = whole(save(tmp_path/f"a.{suffix}", Image.fromarray(values)))
     assert np.abs(seen - SHADES[..., None]).max() <= 0.51 and (seen == seen[..., :1]).all()
 
 
 def test_a_part_of_the_range_stays_a_part(tmp_path):
-    assert np.abs(whole(save(tmp_path/"a.png", Image.fromarray((RAMP / 4).astype(np.uint16))))[..., 0] - SHADES / 4).max() <= 0.51
+    seen = whole(save(tmp_path/"a.png", Image.fromarray((RAMP / 4).astype(np.uint16))))
+    assert np.abs(seen[..., 0] - SHADES / 4).max() <= 0.51
     assert (whole(save(tmp_path/"b.tif", Image.fromarray(np.full((8, 8), -5, np.int32)))) == 0).all()
-    with pytest.raises(ValueError, match="c.tif cannot be read .*finite"): whole(save(tmp_path/"c.tif", Image.fromarray(np.full((8, 8), np.nan, np.float32))))
+    with pytest.raises(ValueError, match="c.tif cannot be read .*finite"):
+        whole(save(tmp_path/"c.tif", Image.fromarray(np.full((8, 8), np.nan, np.float32))))
 
 
-def test_transparent_parts_lie_on_white(tmp_path):
+def test_transparent_parts_are_laid_on_white(tmp_path):
     solid, clear, half = (90, 20, 10, 255), (90, 20, 10, 0), (100, 0, 0, 128)
     image = Image.new("RGBA", (3, 1))
     for x, c in enumerate((solid, clear, half)): image.putpixel((x, 0), c)
     for suffix in ("png", "tif"):
         seen = whole(save(tmp_path/f"a.{suffix}", image))[0]
-        assert seen[:2].tolist() == [[90, 20, 10], [255, 255, 255]] and np.abs(seen[2].astype(int) - [177, 127, 127]).max() <= 1
+        assert seen[:2].tolist() == [[90, 20, 10], [255, 255, 255]]
+        assert np.abs(seen[2].astype(int) - [177, 127, 127]).max() <= 1
     assert whole(save(tmp_path/"b.png", Image.merge("LA", image.split()[::3])))[0, 1].tolist() == [255] * 3
     for name in ("c.png", "c.gif"): # a key colour in the palette
-        palette = Image.new("P", (2, 1)); palette.putpalette([200, 0, 0, 0, 0, 200]); palette.putpixel((1, 0), 1)
+        palette = Image.new("P", (2, 1))
+        palette.putpalette([200, 0, 0, 0, 0, 200])
+        palette.putpixel((1, 0), 1)
         assert whole(save(tmp_path/name, palette, transparency=1))[0].tolist() == [[200, 0, 0], [255, 255, 255]]
-    key = Image.new("RGB", (2, 1), (1, 2, 3)); key.putpixel((1, 0), (9, 9, 9))
+    key = Image.new("RGB", (2, 1), (1, 2, 3))
+    key.putpixel((1, 0), (9, 9, 9))
     assert whole(save(tmp_path/"d.png", key, transparency=(1, 2, 3)))[0].tolist() == [[255] * 3, [9, 9, 9]]
     opaque = noise(3)
     assert np.array_equal(whole(save(tmp_path/"e.png", opaque.convert("RGBA"))), np.asarray(opaque))
@@ -126,7 +147,8 @@ def test_colours_of_print(tmp_path):
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
 def test_the_first_frame_is_taken(tmp_path, suffix):
     frames = [Image.new("RGB", (8, 8), c) for c in ((255, 0, 0), (0, 0, 255))]
-    path = save(tmp_path/f"a.{suffix}", frames[0], save_all=True, append_images=frames[1:], **{"lossless": True} if suffix == "webp" else {})
+    lossless = {"lossless": True} if suffix == "webp" else {}
+    path = save(tmp_path/f"a.{suffix}", frames[0], save_all=True, append_images=frames[1:], **lossless)
     assert (whole(path) == [255, 0, 0]).all()
 
 
@@ -135,22 +157,26 @@ def test_the_first_frame_is_taken(tmp_path, suffix):
 def test_damaged_files_are_named(tmp_path, suffix, share):
     path = save(tmp_path/f"a.{suffix}", noise(0))
     path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
-    with pytest.raises(ValueError, match=rf"a\.{suffix} cannot be read as an image \(.*: mend or remove it"): read_image(path, 32)
+    with pytest.raises(ValueError, match=rf"a\.{suffix} cannot be read as an image \(.*: repair or remove it"):
+        read_image(path, 32)
 
 
 def test_only_image_formats_are_tried(tmp_path):
     (tmp_path/"a.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
-    with pytest.raises(ValueError, match="a.jpg cannot be read as an image .it is none of JPEG, PNG"): read_image(tmp_path/"a.jpg", 32)
+    with pytest.raises(ValueError, match="a.jpg cannot be read as an image .it is none of JPEG, PNG"):
+        read_image(tmp_path/"a.jpg", 32)
     with pytest.raises(ValueError, match="no.jpg cannot be read"): read_image(tmp_path/"no.jpg", 32)
 
 
-@pytest.mark.parametrize("edge", [9000, 10000, 50000]) # within the library's own limit, where it warns, where it refuses
-def test_the_header_is_enough_to_refuse_a_huge_image(tmp_path, edge):
+@pytest.mark.parametrize("edge", [9000, 10000, 50000]) # within Pillow's own limit, where it warns, where it raises
+def test_the_header_is_enough_to_reject_a_huge_image(tmp_path, edge):
     (tmp_path/"a.png").write_bytes(png_header(edge, edge)) # read as an image it would be called damaged
     flags = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(TooLarge, match=rf"a\.png has {edge * edge:,} pixels, more than the limit of {PIXEL_LIMIT:,}"): read_image(tmp_path/"a.png", 32)
+        said = rf"a\.png has {edge * edge:,} pixels, more than the limit of {PIXEL_LIMIT:,}"
+        with pytest.raises(TooLarge, match=said):
+            read_image(tmp_path/"a.png", 32)
     assert flags == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES) and flags[0] is not None
     small = save(tmp_path/"b.png", noise(0))
     with pytest.raises(TooLarge, match="2,000 pixels, more than the limit of 1,999"): read_image(small, 32, limit=1999)
@@ -159,42 +185,48 @@ def test_the_header_is_enough_to_refuse_a_huge_image(tmp_path, edge):
 
 # ---- the split
 
-def sides(folder): # {file: split}
-    return {f.relative_to(folder).as_posix(): s for s, classes in folder_files(folder).items() for files in classes.values() for f in files}
+def splits(folder): # {file: split}
+    found = {}
+    for split, classes in folder_files(folder).items():
+        for files in classes.values(): found |= {f.relative_to(folder).as_posix(): split for f in files}
+    return found
 
 
 def lowest_fifth(path): return int(hashlib.sha256(path.read_bytes()).hexdigest()[:16], 16) < 2**64 / 5
 
 
-def test_the_content_decides_on_the_side(unsplit):
-    split = sides(unsplit)
+def test_the_content_determines_the_split(unsplit):
+    split = splits(unsplit)
     assert len(split) == 24
     for name in ("owl", "red_fox"):
-        expected = {f.relative_to(unsplit).as_posix(): "test" if lowest_fifth(f) else "train" for f in (unsplit/name).iterdir()}
+        files = list((unsplit/name).iterdir())
+        expected = {f.relative_to(unsplit).as_posix(): "test" if lowest_fifth(f) else "train" for f in files}
         assert set(expected.values()) == {"train", "test"} and expected.items() <= split.items()
     data = load_dataset(str(unsplit), size=16)
-    assert data.info.names == ("owl", "red fox") and len(data.test) == sum(s == "test" for s in split.values()) and len(data.train) + len(data.test) == 24
+    assert data.info.names == ("owl", "red fox")
+    assert len(data.test) == sum(s == "test" for s in split.values())
+    assert len(data.train) + len(data.test) == 24
     assert "a fifth" in data.info.remark
 
 
 def test_names_order_and_other_files_change_nothing(unsplit, monkeypatch):
-    before = sides(unsplit)
+    before = splits(unsplit)
     content = {(unsplit/f).read_bytes(): s for f, s in before.items()}
     listed = Path.iterdir
     with monkeypatch.context() as m:
         m.setattr(Path, "iterdir", lambda self: reversed(sorted(listed(self))))
-        assert list(sides(unsplit).items()) == list(before.items())
+        assert list(splits(unsplit).items()) == list(before.items())
     for i, f in enumerate(sorted((unsplit/"owl").iterdir())): f.rename(f.with_name(f"renamed {99 - i}.png"))
     for k in range(20): save(unsplit/"owl"/"more"/f"{k}.png", noise(1000 + k))
-    after = {(unsplit/f).read_bytes(): s for f, s in sides(unsplit).items()}
+    after = {(unsplit/f).read_bytes(): s for f, s in splits(unsplit).items()}
     assert len(after) == 44 and content.items() <= after.items()
-    unsplit.rename(unsplit.with_name("moved"))
-    assert {(unsplit.with_name("moved")/f).read_bytes(): s for f, s in sides(unsplit.with_name("moved")).items()} == after
+    moved = unsplit.rename(unsplit.with_name("moved"))
+    assert {(moved/f).read_bytes(): s for f, s in splits(moved).items()} == after
 
 
-def test_copies_stand_on_the_same_side(unsplit):
+def test_copies_are_in_the_same_split(unsplit):
     for f in list((unsplit/"owl").iterdir()): (f.with_name(f"a copy of {f.name}")).write_bytes(f.read_bytes())
-    split = sides(unsplit)
+    split = splits(unsplit)
     assert all(split[f"owl/{k}.png"] == split[f"owl/a copy of {k}.png"] for k in range(12))
 
 
@@ -204,10 +236,11 @@ def test_two_different_images_are_enough_and_one_is_not(unsplit, low):
     seeds = (s for s in range(10**6) if lowest_fifth(save(unsplit.parent/"candidate.png", noise(s, 33, 33))) == low)
     save(unsplit/"owl"/"one.png", noise(next(seeds), 33, 33))
     (unsplit/"owl"/"copy.png").write_bytes((unsplit/"owl"/"one.png").read_bytes())
-    with pytest.raises(ValueError, match="test part of .* two different images. has no images for owl"): load_dataset(str(unsplit))
+    with pytest.raises(ValueError, match="test part of .* two different images. has no images for owl"):
+        load_dataset(str(unsplit))
     assert ("missing", "owl") in found(unsplit)
     save(unsplit/"owl"/"two.png", noise(next(seeds), 33, 33))
-    split = sides(unsplit)
+    split = splits(unsplit)
     assert split["owl/one.png"] == split["owl/copy.png"] != split["owl/two.png"]
     assert load_dataset(str(unsplit)).info.names == ("owl", "red fox") and ("missing", "owl") not in found(unsplit)
 
@@ -215,7 +248,7 @@ def test_two_different_images_are_enough_and_one_is_not(unsplit, low):
 # ---- layouts
 
 def test_train_and_test_are_a_split(folder):
-    assert len(sides(folder)) == 12 and all(f.startswith(f"{s}/") for f, s in sides(folder).items())
+    assert len(splits(folder)) == 12 and all(f.startswith(f"{s}/") for f, s in splits(folder).items())
     assert dataset_info(str(folder)).remark == ""
 
 
@@ -237,7 +270,7 @@ def test_half_a_split_and_other_words_for_it_are_named(folder):
 # ---- names
 
 def test_names_of_prompts_may_be_given(folder):
-    (folder/"names.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"owl": " tawny  owl "}).encode()) # as Windows writes it
+    (folder/"names.json").write_text('\ufeff{"owl": " tawny  owl "}', encoding="utf-8") # as Windows writes it
     info = dataset_info(str(folder))
     assert info.names == ("tawny owl", "red fox") == load_dataset(str(folder)).train.names
     assert check_folder(folder).counts["name"].tolist() == ["tawny owl", "red fox"] and not found(folder)
@@ -252,33 +285,40 @@ def test_names_of_prompts_may_be_given(folder):
     ('{"owl": "a\\u0007b"}', "has the name 'a.x07b'"),
     ('{"owl": "red fox"}', "owl, red_fox have the same name 'red fox'"),
     ('{"owl": "a", "owl": "b"}', "a folder is named twice"),
-    ('{"owl": 3}', "not of the form"), ('["owl"]', "not of the form"), ("owl = cat", "names.json cannot be read"), ("", "names.json cannot be read")])
-def test_mistakes_in_names_are_named(folder, text, said):
+    ('{"owl": 3}', "does not map folders to names"),
+    ('["owl"]', "does not map folders to names"),
+    ("owl = cat", "names.json cannot be read"),
+    ("", "names.json cannot be read")])
+def test_errors_in_names_are_named(folder, text, said):
     (folder/"names.json").write_text(text)
     with pytest.raises(ValueError, match=said): dataset_info(str(folder))
     with pytest.raises(ValueError, match=said): load_dataset(str(folder))
     report = check_folder(folder)
-    assert not report.ok and report.findings["kind"].tolist() == ["prompt names"] and report.counts["train"].tolist() == [3, 3]
+    assert not report.ok and report.findings["kind"].tolist() == ["prompt names"]
+    assert report.counts["train"].tolist() == [3, 3]
 
 
-def test_folders_of_one_name_are_refused(folder):
+def test_folders_of_one_name_are_rejected(folder):
     for split in ("train", "test"): (folder/split/"owl").rename(folder/split/"red-fox")
-    with pytest.raises(ValueError, match="red-fox, red_fox have the same name 'red fox'.*names.json"): dataset_info(str(folder))
+    with pytest.raises(ValueError, match="red-fox, red_fox have the same name 'red fox'.*names.json"):
+        dataset_info(str(folder))
     for split in ("train", "test"): (folder/split/"red-fox").rename(folder/split/"Red fox")
     assert {k for k, _ in found(folder)} == {"similar names"}
 
 
-ODD = ["-rf", "a b", "it's; rm -rf ~", 'say "x"', "$(touch x)", "{0}", "%s", "猫", "été", "a\nb", " space", "..hidden", "a\x07b", "-", "caf\udce9"]
+ODD = ["-rf", "a b", "it's; rm -rf ~", 'say "x"', "$(touch x)", "{0}", "%s", "猫", "été", "a\nb", " space", "..hidden",
+       "a\x07b", "-", "caf\udce9"]
 READ = {"-rf": "rf", "it's; rm -rf ~": "it's; rm rf ~", "a\nb": "a b", " space": "space"} # others are read as they are
 
 
 @pytest.mark.parametrize("name", ODD, ids=ascii)
 @pytest.mark.parametrize("split", [True, False])
 def test_odd_class_names_are_read_or_reported(tmp_path, name, split):
-    for i, top in enumerate((tmp_path/"mine"/"train", tmp_path/"mine"/"test") if split else (tmp_path/"mine",)):
+    folder = tmp_path/"mine"
+    for i, top in enumerate([folder/"train", folder/"test"] if split else [folder]):
         for j, c in enumerate((name, "owl")):
             for k in range(2): save(top/c/f"{k}.png", noise(100 * i + 10 * j + k))
-    folder, before = tmp_path/"mine", sorted(tmp_path.rglob("*"))
+    before = sorted(tmp_path.rglob("*"))
     report = check_folder(folder, write=tmp_path/"findings.csv")
     rows = set(report.findings[["kind", "file"]].itertuples(index=False, name=None))
     if name == "..hidden":
@@ -291,7 +331,8 @@ def test_odd_class_names_are_read_or_reported(tmp_path, name, split):
         (folder/"names.json").unlink()
     else:
         data = load_dataset(str(folder), size=16)
-        assert report.ok and set(data.info.names) == {"owl", READ.get(name, name)} and len(data.train) + len(data.test) == (8 if split else 4)
+        assert report.ok and set(data.info.names) == {"owl", READ.get(name, name)}
+        assert len(data.train) + len(data.test) == (8 if split else 4)
     plain = name in ("a b", 'say "x"', "it's; rm -rf ~", "$(touch x)", "{0}", "%s", "猫", "été", "..hidden")
     assert any(k == "odd name" for k, _ in rows) != plain
     assert report.text().isascii() or name in ("猫", "été") # nothing that does not print
@@ -310,17 +351,27 @@ def test_nothing_to_report(folder):
 
 
 def exif(orientation):
-    e = Image.Exif(); e[0x0112] = orientation
+    e = Image.Exif()
+    e[0x0112] = orientation
     return e
 
 
+def save_array(path, array): Image.fromarray(array).save(path)
+
+
+def save_cut(path): # in the middle
+    noise(77).save(path)
+    path.write_bytes(path.read_bytes()[:900])
+
+
+RNG = np.random.default_rng
 FILES = { # kind: a file that is found for it
-    "unreadable": ("a.jpg", lambda p: (noise(77).save(p), p.write_bytes(p.read_bytes()[:900]))),
+    "unreadable": ("a.jpg", save_cut),
     "too large": ("a.png", lambda p: p.write_bytes(png_header(50000, 50000))),
     "small": ("a.png", lambda p: noise(77, 1, 1).save(p)),
-    "dark": ("a.png", lambda p: Image.fromarray(np.random.default_rng(0).integers(0, 4096, (40, 40)).astype(np.uint16)).save(p)),
+    "dark": ("a.png", lambda p: save_array(p, RNG(0).integers(0, 4096, (40, 40)).astype(np.uint16))),
     "CMYK": ("a.jpg", lambda p: noise(77).convert("CMYK").save(p)),
-    "16 bits": ("a.tif", lambda p: Image.fromarray(np.random.default_rng(0).random((40, 40)).astype(np.float32)).save(p)),
+    "16 bits": ("a.tif", lambda p: save_array(p, RNG(0).random((40, 40)).astype(np.float32))),
     "palette": ("a.png", lambda p: noise(77).quantize(16).save(p)),
     "transparent": ("a.webp", lambda p: noise(77).convert("RGBA").rotate(45).save(p)),
     "frames": ("a.gif", lambda p: noise(77).save(p, save_all=True, append_images=[noise(78)])),
@@ -337,9 +388,10 @@ def test_a_file_of_each_kind(folder, kind):
     write(folder/"train"/"owl"/name)
     rows = check_folder(folder).findings
     row = rows[rows["kind"] == kind].iloc[0]
-    assert row[["file", "class", "split", "level"]].tolist() == [f"train/owl/{name}", "owl", "train", FINDINGS[kind]] and str(folder) not in row["text"]
-    assert set(rows["kind"]) <= {kind, *({"palette"} if kind == "frames" else {"16 bits"} if kind == "dark" else ())}
-    if kind in ("unreadable", "too large"): # the reader agrees
+    assert row[["file", "class", "split", "level"]].tolist() == [f"train/owl/{name}", "owl", "train", FINDINGS[kind]]
+    assert str(folder) not in row["text"]
+    assert set(rows["kind"]) <= {kind, {"frames": "palette", "dark": "16 bits"}.get(kind, kind)}
+    if kind in ("unreadable", "too large"): # the loader agrees
         with pytest.raises(ValueError, match=name): load_dataset(str(folder))
     else: assert len(load_dataset(str(folder)).train) == (6 if kind in ("not read", "ignored") else 7)
 
@@ -359,12 +411,14 @@ def test_copies_in_two_classes_contradict(folder):
     (folder/"train"/"owl"/"fox.png").write_bytes((folder/"train"/"red_fox"/"0.png").read_bytes())
     assert found(folder) == {("contradiction", "train/owl/fox.png"), ("contradiction", "train/red_fox/0.png")}
     (folder/"train"/"owl"/"fox.png").rename(folder/"test"/"owl"/"fox.png")
-    assert found(folder) == {(k, f) for k in ("contradiction", "leak") for f in ("test/owl/fox.png", "train/red_fox/0.png")}
+    files = ("test/owl/fox.png", "train/red_fox/0.png")
+    assert found(folder) == {(k, f) for k in ("contradiction", "leak") for f in files}
 
 
 def test_copies_within_a_class_are_a_warning(folder):
     for name in ("3.png", "4.png"): (folder/"train"/"owl"/name).write_bytes((folder/"train"/"owl"/"0.png").read_bytes())
-    assert found(folder) == {("duplicate", "train/owl/3.png"), ("duplicate", "train/owl/4.png")} and check_folder(folder).ok
+    assert found(folder) == {("duplicate", "train/owl/3.png"), ("duplicate", "train/owl/4.png")}
+    assert check_folder(folder).ok
 
 
 def test_lone_and_missing_classes(folder):
@@ -378,13 +432,21 @@ def test_lone_and_missing_classes(folder):
     assert found(folder) == {("missing", "owl"), ("missing", "none")}
 
 
-def test_files_outside_of_the_classes_are_not_passed_over(folder):
-    save(folder/"val"/"owl"/"0.png", noise(70)); save(folder/"train"/"loose.png", noise(71)); save(folder/"train"/"owl"/"left.jfif", noise(72), format="JPEG")
-    save(folder/"train"/"owl"/"no suffix", noise(73), format="PNG"); save(folder/"train"/".hidden"/"0.png", noise(74)); save(folder/"train"/"owl"/".a.png", noise(75))
-    (folder/"train"/".cache").mkdir(); (folder/"train"/"owl"/"._0.png").write_bytes(b"macOS"); (folder/"README").write_text("mine")
+def test_files_outside_the_classes_are_reported(folder):
+    save(folder/"val"/"owl"/"0.png", noise(70))
+    save(folder/"train"/"loose.png", noise(71))
+    save(folder/"train"/"owl"/"left.jfif", noise(72), format="JPEG")
+    save(folder/"train"/"owl"/"no suffix", noise(73), format="PNG")
+    save(folder/"train"/".hidden"/"0.png", noise(74))
+    save(folder/"train"/"owl"/".a.png", noise(75))
+    (folder/"train"/".cache").mkdir()
+    (folder/"train"/"owl"/"._0.png").write_bytes(b"macOS")
+    (folder/"README").write_text("mine")
     save(folder/"train"/"owl"/"deeper"/"0.PNG", noise(76))
-    read = {"val/owl/0.png", "train/loose.png", "train/owl/left.jfif", "train/owl/no suffix", "train/.hidden", "train/owl/.a.png"}
-    assert found(folder) == {("not read", f) for f in read} | {("ignored", f) for f in ("train/.cache", "train/owl/._0.png", "README")}
+    not_read = {"val/owl/0.png", "train/loose.png", "train/owl/left.jfif", "train/owl/no suffix", "train/.hidden",
+                "train/owl/.a.png"}
+    ignored = {"train/.cache", "train/owl/._0.png", "README"}
+    assert found(folder) == {("not read", f) for f in not_read} | {("ignored", f) for f in ignored}
     assert len(load_dataset(str(folder)).train) == 7 == check_folder(folder).counts["train"].sum()
 
 
@@ -403,10 +465,11 @@ def test_links_are_reported_and_not_followed(folder, tmp_path):
     assert found(folder) == {("link", "train/zoo")}
     with pytest.raises(ValueError, match="zoo is a link"): dataset_info(str(folder))
     (folder/"train"/"zoo").unlink()
-    (folder/"test").rename(tmp_path/"elsewhere"); (folder/"test").symlink_to(tmp_path/"elsewhere")
+    (folder/"test").rename(tmp_path/"elsewhere")
+    (folder/"test").symlink_to(tmp_path/"elsewhere")
     with pytest.raises(ValueError, match="test is a link"): check_folder(folder)
     (tmp_path/"by link").symlink_to(folder/"train")
-    assert load_dataset(str(tmp_path/"by link")).info.names == ("owl", "red fox") # the dataset itself may be reached by one
+    assert load_dataset(str(tmp_path/"by link")).info.names == ("owl", "red fox") # the dataset itself may be a link
 
 
 def test_pipes_are_not_opened(folder):
@@ -414,13 +477,14 @@ def test_pipes_are_not_opened(folder):
     assert found(folder) == {("ignored", "train/owl/a.png")} and len(load_dataset(str(folder)).train) == 6
 
 
-def test_without_a_split_the_report_has_the_readers(unsplit):
+def test_without_a_split_the_report_has_the_loaders(unsplit):
     (unsplit/"owl"/"damaged.png").write_bytes(b"x")
     report = check_folder(unsplit)
     assert "held out by content" in report.text() and report.findings["kind"].tolist() == ["unreadable"]
     (unsplit/"owl"/"damaged.png").unlink()
     data = load_dataset(str(unsplit))
-    for s, part in (("train", data.train), ("test", data.test)): assert report.counts[s].tolist() == np.bincount(part.labels).tolist()
+    for s, part in (("train", data.train), ("test", data.test)):
+        assert report.counts[s].tolist() == np.bincount(part.labels).tolist()
 
 
 def test_the_report_as_text_table_and_json(folder, tmp_path):
@@ -428,18 +492,20 @@ def test_the_report_as_text_table_and_json(folder, tmp_path):
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     report = check_folder(folder, write=tmp_path/"out"/"findings.csv")
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    assert "bad2.png" in report.text() and "bad3.png" not in report.text() and "… and 2 more" in report.text() and "5 errors" in report.text()
+    assert "bad2.png" in report.text() and "bad3.png" not in report.text() and "… and 2 more" in report.text()
+    assert "5 errors" in report.text()
     assert "bad4.png" in report.text(few=None) and "more" not in report.text(few=None)
     assert report.findings.equals(pd.read_csv(tmp_path/"out"/"findings.csv", keep_default_na=False))
     values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert not values["ok"] and len(values["findings"]) == 5 and values["classes"][0] == {"folder": "owl", "name": "owl", "train": 3, "test": 3}
+    assert not values["ok"] and len(values["findings"]) == 5
+    assert values["classes"][0] == {"folder": "owl", "name": "owl", "train": 3, "test": 3}
     assert [*FINDINGS] == sorted(FINDINGS, key=lambda k: ("error", "warning", "note").index(FINDINGS[k]))
 
 
 def test_progress_says_how_fast(folder, capsys, monkeypatch):
-    import bridgexfer.data.check as folders
+    from bridgexfer.data import check
     from tqdm import tqdm
-    monkeypatch.setattr(folders, "tqdm", lambda *a, **k: tqdm(*a, **{**k, "delay": 0}))
+    monkeypatch.setattr(check, "tqdm", lambda *a, **k: tqdm(*a, **{**k, "delay": 0}))
     check_folder(folder)
     said = capsys.readouterr().err
     assert "Checking mine" in said and "12/12" in said and "image/s" in said
@@ -455,5 +521,6 @@ def test_a_contact_sheet_of_a_messy_folder(folder):
     fig.canvas.draw()
     assert [ax.texts[0].get_text() for ax in fig.axes] == ["$\\frac$", "red_fox"]
     shown = fig.axes[0].images[0].get_array()
-    assert shown.shape == (32, 4 * 34, 3) and (shown[:, :32] == 128).all() and np.array_equal(shown[:, 34:66], read_image(folder/"train"/"$\\frac$"/"1.png", 32))
+    assert shown.shape == (32, 4 * 34, 3) and (shown[:, :32] == 128).all()
+    assert np.array_equal(shown[:, 34:66], read_image(folder/"train"/"$\\frac$"/"1.png", 32))
     plt.close(fig)

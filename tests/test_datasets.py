@@ -1,4 +1,4 @@
-"""Splits and subsets: nothing overlaps, few-shot subsets nest, mistakes are named with the choices."""
+"""Splits and subsets: nothing overlaps, few-shot subsets nest, errors name the choices."""
 import errno
 import os
 
@@ -7,14 +7,15 @@ import pytest
 from archives_fixture import write_archive
 from PIL import Image
 
-from bridgexfer import datasets
+from bridgexfer import images
 from bridgexfer.data.registry import dataset_info, load_dataset, train_size
-from bridgexfer.datasets import DATASETS, few_shot, hold_out
+from bridgexfer.data.targets import TARGETS
+from bridgexfer.datasets import few_shot, hold_out
 from bridgexfer.evaluation import accuracy
 from bridgexfer.images import as_images, decoded, read_image
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", TARGETS)
 def test_train_validation_and_test_do_not_overlap(name):
     data = load_dataset(name)
     fit, validation = hold_out(data.train, 0.2, seed=3)
@@ -24,11 +25,13 @@ def test_train_validation_and_test_do_not_overlap(name):
 
 
 def test_scans_of_test_are_not_in_train_of_the_photo_variant():
-    plain, photo = load_dataset("digits"), load_dataset("digits-photo")
-    assert np.array_equal(plain.train.labels, photo.train.labels) and np.array_equal(plain.test.labels, photo.test.labels)
+    plain = load_dataset("digits")
+    photo = load_dataset("digits-photo")
+    assert np.array_equal(plain.train.labels, photo.train.labels)
+    assert np.array_equal(plain.test.labels, photo.test.labels)
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_few_shot_subsets_nest_and_are_balanced(name, seed):
     train = load_dataset(name).train
@@ -39,17 +42,18 @@ def test_few_shot_subsets_nest_and_are_balanced(name, seed):
 
 
 def test_the_same_images_every_time():
-    for name in DATASETS: assert load_dataset(name).test.digest == load_dataset(name).test.digest
-    assert len({load_dataset(n).train.digest for n in DATASETS}) == len(DATASETS)
+    for name in TARGETS: assert load_dataset(name).test.digest == load_dataset(name).test.digest
+    assert len({load_dataset(n).train.digest for n in TARGETS}) == len(TARGETS)
 
 
 def test_held_out_share_is_kept_in_every_class():
-    images = as_images(np.zeros((103, 2, 2, 3)), [0] * 100 + [1] * 2 + [2], "abc")
-    fit, validation = hold_out(images, 0.2, seed=0)
-    assert np.bincount(validation.labels, minlength=3).tolist() == [20, 1, 0] and np.bincount(fit.labels).tolist() == [80, 1, 1]
+    whole = as_images(np.zeros((103, 2, 2, 3)), [0] * 100 + [1] * 2 + [2], "abc")
+    fit, validation = hold_out(whole, 0.2, seed=0)
+    assert np.bincount(validation.labels, minlength=3).tolist() == [20, 1, 0]
+    assert np.bincount(fit.labels).tolist() == [80, 1, 1]
 
 
-def test_mistakes_name_the_choices():
+def test_errors_name_the_choices():
     with pytest.raises(ValueError, match="digits, digits-photo, greek"): dataset_info("mnist")
     with pytest.raises(ValueError, match="choose 1 to 40"): few_shot(load_dataset("greek").train, 41, 0)
     with pytest.raises(ValueError, match="choose 1 to"): few_shot(load_dataset("greek").train, 0, 0)
@@ -85,22 +89,25 @@ def test_damaged_and_missing_images_are_named(folder):
 
 
 def test_upright_by_exif(tmp_path):
-    image = Image.new("RGB", (8, 8)); image.paste((255, 0, 0), (0, 0, 8, 4)) # red above
-    exif = Image.Exif(); exif[0x0112] = 3 # to be shown upside down
+    image = Image.new("RGB", (8, 8))
+    image.paste((255, 0, 0), (0, 0, 8, 4)) # red above
+    exif = Image.Exif()
+    exif[0x0112] = 3 # to be shown upside down
     image.save(tmp_path/"a.png", exif=exif)
-    from bridgexfer.images import read_image
     assert read_image(tmp_path/"a.png", 8)[7, 0].tolist() == [255, 0, 0]
 
 
-def test_an_archive_of_full_size_becomes_a_dataset(tmp_path, monkeypatch): # DTD: the smallest of those whose well-known public loader takes train for test
+def test_an_archive_of_full_size_becomes_a_dataset(tmp_path, monkeypatch):
+    "DTD, because public code tests it on train."
     written = write_archive("dtd", tmp_path, images="tiny")
     data = load_dataset("dtd", 16, tmp_path)
-    assert (len(data.train), len(data.test)) == data.info.counts == (3760, 1880) and len(data.info.names) == 47 and data.info.metric == "top1"
-    test = {path for path, _ in written.test}
-    first = sorted(test)[0]
+    assert (len(data.train), len(data.test)) == data.info.counts == (3760, 1880)
+    assert len(data.info.names) == 47 and data.info.metric == "top1"
+    first = min(path for path, _ in written.test)
     assert np.array_equal(data.test.pixels[0], read_image(tmp_path/first, 16)) # test is test, in the listing's order
-    assert set(np.bincount(data.test.labels)) == {40} and isinstance(data.train.pixels.base, np.memmap) # mapped, not read
-    monkeypatch.setattr(datasets, "read_image", None) # decoded once: no second load reads an image
+    assert set(np.bincount(data.test.labels)) == {40}
+    assert isinstance(data.train.pixels.base, np.memmap) # mapped, not read
+    monkeypatch.setattr(images, "read_image", None) # decoded once: no second load reads an image
     again = load_dataset("dtd", 16, tmp_path)
     assert again.train.digest == data.train.digest and again.test.digest == data.test.digest
     again.train.pixels[0] = 0 # what a process writes stays its own
@@ -110,8 +117,9 @@ def test_an_archive_of_full_size_becomes_a_dataset(tmp_path, monkeypatch): # DTD
 def test_a_full_disk_is_found_before_the_first_image_is_decoded(tmp_path, monkeypatch):
     def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(datasets, "read_image", None)
-    with pytest.raises(OSError, match="No space left"): decoded([tmp_path/"a.png"] * 9, 16, tmp_path/"kept.npy")
+    monkeypatch.setattr(images, "read_image", None)
+    with pytest.raises(OSError, match="No space left"):
+        decoded([tmp_path/"a.png"] * 9, 16, tmp_path/"kept.npy")
     assert not list(tmp_path.iterdir())
 
 
@@ -123,4 +131,6 @@ def test_an_absent_archive_says_what_to_do(name, tmp_path):
 
 def test_sizes_are_known_without_images(tmp_path):
     assert train_size("sun397") == 19850 and train_size("digits") == len(load_dataset("digits").train)
-    for name in DATASETS: assert dataset_info(name).counts == (len(load_dataset(name).train), len(load_dataset(name).test))
+    for name in TARGETS:
+        data = load_dataset(name)
+        assert data.info.counts == (len(data.train), len(data.test))

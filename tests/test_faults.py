@@ -17,11 +17,14 @@ from bridgexfer.artefacts import read_json
 from bridgexfer.study.workflow import cause
 from test_jobs import Clone
 
-SETTINGS = dict(seeds="0", shots="4", style_shots="4", pipelines="vanilla bridged", images="40", steps="3", stage1_epochs="8", few_epochs="30", style_steps="300")
+SETTINGS = dict(seeds="0", shots="4", style_shots="4", pipelines="vanilla bridged", images="40", steps="3",
+                stage1_epochs="8", few_epochs="30", style_steps="300")
 TABLE = "runs/figures/smoke/tab2_pipelines.csv"
-JOBS = {"generate": ("group", "single", "key", "digits"), "invert": ("kind", "style", "dataset", "digits"),
-        "transfer": ("sweep", "core", "dataset", "digits", "arch", "mini_resnet10")}
-CORE = "runs/smoke/core/digits-mini_resnet10.json"
+JOBS = { # their parameters
+    "generate": {"group": "single", "key": "digits"},
+    "invert": {"kind": "style", "dataset": "digits"},
+    "transfer": {"sweep": "core", "dataset": "digits", "arch": "mini_resnet10"}}
+CORE = "core/digits-mini_resnet10.json"
 
 
 def essence(path):
@@ -34,14 +37,20 @@ def essence(path):
 
 def outcome(runs, *folders):
     "What a job has left, by place."
-    return {p.relative_to(runs).as_posix(): essence(p) for f in folders for p in (runs/f).rglob("*") if p.is_file() and p.suffix != ".part"}
+    files = [p for f in folders for p in (runs/f).rglob("*") if p.is_file() and p.suffix != ".part"]
+    return {p.relative_to(runs).as_posix(): essence(p) for p in files}
 
 
 def job(clone, name, runs, **env):
     "Start a job by its papermill line, in a process group of its own; its notebook and log lie beside its runs."
-    command = [sys.executable, "-m", "papermill", "--engine", "ipc", "--no-progress-bar", f"nbs/jobs/{name}.ipynb", f"{runs}-{name}.ipynb", "-p", "profile", "smoke",
-               "-p", "overrides", json.dumps({**SETTINGS, "runs": str(runs)}), *(x for pair in zip(JOBS[name][::2], JOBS[name][1::2]) for x in ("-p", *pair))]
-    with open(f"{runs}-{name}.txt", "w") as log: return subprocess.Popen(command, cwd=clone.folder, env={**clone.env, **env}, stdout=log, stderr=log, start_new_session=True)
+    papermill = [sys.executable, "-m", "papermill", "--engine", "ipc", "--no-progress-bar"]
+    notebooks = [f"nbs/jobs/{name}.ipynb", f"{runs}-{name}.ipynb"]
+    overrides = json.dumps({**SETTINGS, "runs": str(runs)})
+    parameters = {"profile": "smoke", "overrides": overrides, **JOBS[name]}
+    options = [word for k, v in parameters.items() for word in ("-p", k, v)]
+    with open(f"{runs}-{name}.txt", "w") as log:
+        return subprocess.Popen([*papermill, *notebooks, *options], cwd=clone.folder, env={**clone.env, **env},
+                                stdout=log, stderr=log, start_new_session=True)
 
 
 def finish(process, runs, name):
@@ -80,11 +89,14 @@ def runs(reference, tmp_path):
 
 def some(folder, pattern, n=1): return len(list((folder/"smoke").glob(pattern))) >= n
 
+SHARD = "synthetic/*/shard-*.parquet"
+BRIDGE = "bridges/*/bridge.json"
+TRANSFERRED = ("bridges", "records", "core") # what the job `transfer` leaves
 STAGES = { # job; what it needs; it is in the stage when this is there and that is not; what it leaves
-    "generation": ("generate", (), "synthetic/*/shard-*.parquet", "synthetic/*/shard-*.parquet", ("synthetic", "generate")), # one of two
+    "generation": ("generate", (), SHARD, SHARD, ("synthetic", "generate")), # one of two
     "style inversion": ("invert", (), "tokens/*/state.safetensors", "tokens/*/inversion.json", ("tokens", "invert")),
-    "stage 1": ("transfer", ("synthetic",), "records/transfer/*.json", "bridges/*/bridge.json", ("bridges", "records", "core")),
-    "stage 2": ("transfer", ("synthetic",), "bridges/*/bridge.json", CORE.removeprefix("runs/smoke/"), ("bridges", "records", "core"))}
+    "stage 1": ("transfer", ("synthetic",), "records/transfer/*.json", BRIDGE, TRANSFERRED),
+    "stage 2": ("transfer", ("synthetic",), BRIDGE, CORE, TRANSFERRED)}
 
 
 @pytest.mark.slow
@@ -97,10 +109,13 @@ def test_killed_and_called_again(reference, runs, stage):
     time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL) # papermill and its kernel, as when a machine goes down
     process.wait()
-    assert some(folder, begun) and not some(folder, ended, 1 + (ended == begun)) # it was in that stage
-    assert not [p for f in ("generate", "invert", "core") for p in (folder/"smoke"/f).glob("*.json")] # nothing that looks finished
+    n_at_end = 2 if ended == begun else 1
+    assert some(folder, begun) and not some(folder, ended, n_at_end) # it was in that stage
+    finished = [p for f in ("generate", "invert", "core") for p in (folder/"smoke"/f).glob("*.json")]
+    assert not finished # no manifest, so nothing looks finished
     whole = outcome(reference.folder/"runs/smoke", *left)
-    before = {k: v for k, v in outcome(folder/"smoke", *left).items() if k.endswith((".parquet", "bridge.json")) or "/transfer/" in k}
+    def complete(place): return place.endswith((".parquet", "bridge.json")) or "/transfer/" in place
+    before = {k: v for k, v in outcome(folder/"smoke", *left).items() if complete(k)}
     assert before.items() <= whole.items()
     finish(job(reference, name, folder), folder, name)
     assert outcome(folder/"smoke", *left) == whole
@@ -110,34 +125,40 @@ def test_killed_and_called_again(reference, runs, stage):
 
 FULL = """
 import errno, os, pathlib
-replace, fault = pathlib.Path.replace, os.environ.get("TEST_FULL")
+replace = pathlib.Path.replace
+fault = os.environ.get("TEST_FULL")
 def full(self, target):
     if fault and pathlib.Path(target).match(fault): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
     return replace(self, target)
 pathlib.Path.replace = full
 """
-DISKS = { # job; what it needs; room on the disk, in KB: enough for what comes before, too little for this; this; what it leaves
+DISKS = { # job; what it needs; KiB on the disk: enough for what comes before, too little for this; this; what it leaves
     "shard": ("generate", (), 100, "shard-*.parquet", ("synthetic", "generate")),
-    "checkpoint": ("transfer", ("synthetic",), 200, "model.safetensors", ("bridges", "records", "core")),
-    "record": ("transfer", ("synthetic", "bridges"), 8, "transfer/*.json", ("bridges", "records", "core"))}
+    "checkpoint": ("transfer", ("synthetic",), 200, "model.safetensors", TRANSFERRED),
+    "record": ("transfer", ("synthetic", "bridges"), 8, "transfer/*.json", TRANSFERRED)}
 
 
 @pytest.fixture
 def full_disk(runs, tmp_path):
-    "Runs on a disk with a little room: a file system of memory where it can be mounted, or else one that refuses a file."
+    "Runs on a disk with little room: a tmpfs where it can be mounted, or else one that rejects a file."
+    disk = tmp_path/"runs"
+    site = tmp_path/"site"
     mounted = []
     def make(needs, room, refused):
-        (tmp_path/"runs").mkdir()
-        if shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(tmp_path/"runs")], capture_output=True).returncode == 0:
-            mounted.append(tmp_path/"runs")
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)]
+        if shutil.which("mount") and subprocess.run(mount, capture_output=True).returncode == 0:
+            mounted.append(disk)
             runs(*needs)
-            free = os.statvfs(mounted[0]).f_bavail * os.statvfs(mounted[0]).f_frsize
-            (mounted[0]/"filler").write_bytes(bytes(free - room * 1024))
+            now = os.statvfs(disk)
+            free = now.f_bavail * now.f_frsize
+            (disk/"filler").write_bytes(bytes(free - room * 1024))
             return {}
         runs(*needs)
-        (tmp_path/"site").mkdir()
-        (tmp_path/"site"/"sitecustomize.py").write_text(FULL)
-        return {"PYTHONPATH": os.pathsep.join([str(tmp_path/"site"), os.environ.get("PYTHONPATH", "")]), "TEST_FULL": refused}
+        site.mkdir()
+        (site/"sitecustomize.py").write_text(FULL)
+        path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+        return {"PYTHONPATH": path, "TEST_FULL": refused}
     yield make
     for folder in mounted: subprocess.run(["umount", str(folder)], check=True)
 
@@ -146,13 +167,16 @@ def full_disk(runs, tmp_path):
 @pytest.mark.parametrize("what", DISKS)
 def test_no_space_left(reference, full_disk, tmp_path, what):
     name, needs, room, refused, left = DISKS[what]
-    env, folder = full_disk(needs, room, refused), tmp_path/"runs"
+    env = full_disk(needs, room, refused)
+    folder = tmp_path/"runs"
     if env: env["PYTHONPATH"] = os.pathsep.join([env["PYTHONPATH"], str(reference.folder)])
     process = job(reference, name, folder, **env)
     assert process.wait(600) != 0
     why = cause(Path(f"{folder}-{name}.ipynb"), Path(f"{folder}-{name}.txt"))
     assert "Error: " in why and os.strerror(errno.ENOSPC) in why
-    assert not list(folder.rglob("*.part")) and not list(folder.glob(f"smoke/**/{refused}")) and not list(folder.glob("smoke/core/*")) + list(folder.glob("smoke/generate/*"))
+    assert not list(folder.rglob("*.part"))
+    assert not list(folder.glob(f"smoke/**/{refused}"))
+    for manifests in ("core", "generate"): assert not list(folder.glob(f"smoke/{manifests}/*"))
     (folder/"filler").unlink(missing_ok=True)
     finish(job(reference, name, folder), folder, name)
     assert outcome(folder/"smoke", *left) == outcome(reference.folder/"runs/smoke", *left)
@@ -177,25 +201,29 @@ def test_a_shard_damaged_afterwards_is_made_again(reference, runs):
 
 @pytest.mark.slow
 def test_two_jobs_make_the_same_shards_at_once(reference, runs, tmp_path):
-    folder, other = runs(), tmp_path/"other"
+    folder = runs()
     folder.mkdir()
+    other = tmp_path/"other"
     other.symlink_to(folder, target_is_directory=True) # the same runs, another notebook
     both = {name: job(reference, "generate", name) for name in (folder, other)}
     for name, process in both.items(): finish(process, name, "generate")
-    assert outcome(folder/"smoke", "synthetic", "generate") == outcome(reference.folder/"runs/smoke", "synthetic", "generate")
+    left = ("synthetic", "generate")
+    assert outcome(folder/"smoke", *left) == outcome(reference.folder/"runs/smoke", *left)
 
 
 # ---- the orchestrator
 
 @pytest.mark.slow
 def test_a_killed_study_is_taken_up_again_and_a_second_one_is_refused(reference, tmp_path):
-    clone, folder = reference, tmp_path/"runs"
-    config = [f"{k}={v}" for k, v in {"profile": "smoke", **SETTINGS, "runs": folder}.items()]
-    command = [Path(sys.executable).with_name("snakemake"), "--profile", "profiles/local", "tab2_pipelines", "--config", *config]
-    first = subprocess.Popen(command, cwd=clone.folder, env=clone.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    until(lambda: some(folder, "synthetic/*/shard-*.parquet"), first)
+    clone = reference
+    folder = tmp_path/"runs"
+    command = clone.command("tab2_pipelines", **SETTINGS, runs=folder)
+    first = subprocess.Popen(command, cwd=clone.folder, env=clone.env, start_new_session=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: some(folder, SHARD), first)
     code, said = clone.snakemake("tab2_pipelines", **SETTINGS, runs=folder)
-    assert code and f"Another study is running in {clone.folder}: wait" in said and "Traceback" not in said
+    assert code and f"Another study is running in {clone.folder}: wait" in said
+    assert "Traceback" not in said
     assert clone.would_run("tab2_pipelines", **SETTINGS)[0] == set() # a dry run is welcome
     first.send_signal(signal.SIGKILL)
     first.wait()
@@ -209,22 +237,30 @@ def test_a_killed_study_is_taken_up_again_and_a_second_one_is_refused(reference,
 @pytest.mark.slow
 def test_a_job_fails_the_others_go_on_and_only_it_is_repeated(reference, tmp_path):
     "An image that cannot be read, in a second dataset; the synthetic images of its classes are made all the same."
-    clone, table = reference, (reference.folder/TABLE).read_bytes()
+    clone = reference
+    table = (clone.folder/TABLE).read_bytes()
     rng = np.random.default_rng(0)
     for split, n in (("train", 6), ("test", 3)):
         for name in ("three", "eight"):
-            (tmp_path/"mine"/split/name).mkdir(parents=True)
-            for i in range(n): Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path/"mine"/split/name/f"{i}.png")
+            folder = tmp_path/"mine"/split/name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 256, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(folder/f"{i}.png")
     victim = tmp_path/"mine/train/three/3.png"
     whole = victim.read_bytes()
     victim.write_bytes(whole[:len(whole) // 2])
     settings = {**SETTINGS, "datasets": f"digits {tmp_path/'mine'}"}
     code, said = clone.snakemake("tab2_pipelines", **settings)
-    summary = [line for line in said[said.index("One job failed"):].splitlines() if line.startswith("  ")]
-    assert code and len(summary) == 1 and "core-" in summary[0] and victim.name in summary[0]
+    ending = said[said.index("One job failed"):]
+    summary = [line for line in ending.splitlines() if line.startswith("  ")]
+    assert code and len(summary) == 1
+    assert "core-" in summary[0] and victim.name in summary[0]
     notebook = Path(clone.folder, summary[0].rsplit("[", 1)[1].rstrip("]"))
-    assert any(o["output_type"] == "error" for c in read_json(notebook)["cells"] for o in c.get("outputs", []))
-    assert (clone.folder/TABLE).read_bytes() == table and not list((clone.folder/"runs/smoke/core").glob("*mine*"))
+    outputs = [o for c in read_json(notebook)["cells"] for o in c.get("outputs", [])]
+    assert any(o["output_type"] == "error" for o in outputs)
+    assert (clone.folder/TABLE).read_bytes() == table
+    assert not list((clone.folder/"runs/smoke/core").glob("*mine*"))
     assert list((clone.folder/"runs/smoke/generate").glob("*mine*"))
     assert clone.would_run("tab2_pipelines", **settings)[0] == {"transfer"}
     victim.write_bytes(whole)

@@ -19,7 +19,9 @@ VENV = Path(sys.executable).parent.parent
 
 def commands(notebook):
     "The lines of the blocks marked `sh`."
-    return [line for c in cells(notebook, "markdown") for block in re.findall(r"^```sh\n(.*?)^```", source(c), re.M | re.S) for line in block.splitlines() if line.strip()]
+    prose = "\n".join(source(c) for c in cells(notebook, "markdown"))
+    blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", prose, re.M | re.S))
+    return [line for line in blocks.splitlines() if line.strip()]
 
 
 @pytest.fixture(scope="module")
@@ -39,37 +41,46 @@ def clone(tmp_path_factory):
 def typed(line, folder):
     "What a command line of the page prints; it has to succeed."
     env = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL")}
+    env |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     words = shlex.split(line)
     if words[0] == "make": words[1:1] = ["-o", ".venv/.complete"] # whatever its age: this environment is borrowed
-    done = subprocess.run(words, cwd=folder, env={**env, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
 
 
 def runs(folder):
     "Path -> pipeline, of the records of transfer."
-    return {p.name: json.loads(p.read_text())["spec"]["pipeline"] for p in folder.glob("runs/miniature/records/transfer/*.json")}
+    records = folder.glob("runs/miniature/records/transfer/*.json")
+    return {p.name: json.loads(p.read_text())["spec"]["pipeline"] for p in records}
+
+
+def each(count, *pipelines): return dict.fromkeys(pipelines, count)
 
 
 @pytest.mark.slow
 def test_the_commands_of_the_page(clone):
     plan, study, change = commands(ROOT/TUTORIAL)
-    assert "bridgexfer/__init__.py" in typed(".venv/bin/python -c 'import bridgexfer; print(bridgexfer.__file__)'", clone).removeprefix(str(clone))
+    where = typed(".venv/bin/python -c 'import bridgexfer; print(bridgexfer.__file__)'", clone)
+    assert "bridgexfer/__init__.py" in where.removeprefix(str(clone))
     assert "core" in typed(plan, clone) and not (clone/"runs").exists() # nothing has run
 
     said = typed(study, clone).strip().splitlines()
     first = runs(clone)
-    assert Counter(first.values()) == dict.fromkeys(("vanilla", "mixed", "bridged", "bridged_fc", "bridged_pp"), 4) # two seeds, all images and four
-    assert said[-1] == "Tables and figures: runs/figures/miniature" and any("+" in line or "±" in line for line in said[-30:])
+    bridges = ("bridged", "bridged_fc", "bridged_pp")
+    assert Counter(first.values()) == each(4, "vanilla", "mixed", *bridges) # two seeds, all images and four
+    assert said[-1] == "Tables and figures: runs/figures/miniature"
+    assert any("+" in line or "±" in line for line in said[-30:])
     assert (clone/"runs/figures/miniature/tab2_pipelines.csv").exists()
 
     typed(change, clone)
     new = {name: p for name, p in runs(clone).items() if name not in first}
-    assert first.keys() <= runs(clone).keys() and Counter(new.values()) == dict.fromkeys(("bridged", "bridged_fc", "bridged_pp"), 4) # the others were found
-    status = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True, check=True).stdout
+    assert first.keys() <= runs(clone).keys() and Counter(new.values()) == each(4, *bridges) # the others were found
+    status = typed("git status --porcelain", clone)
     assert status in ("", "?? .venv\n"), status # committed figures are as they were
 
     page = nbformat.read(clone/TUTORIAL, as_version=4)
     last = "\n\n".join(c.source for c in page.cells if c.cell_type == "code")
     (clone/"page.py").write_text(last + "\nassert sum(Counter(r['pipeline'] for r in records).values()) == 32")
-    typed(f"{clone}/.venv/bin/python -c 'import os, sys; os.chdir(\"nbs/tutorials\"); exec(open(sys.argv[1]).read())' {clone}/page.py", clone)
+    inside = 'import os, sys; os.chdir("nbs/tutorials"); exec(open(sys.argv[1]).read())'
+    typed(f"{clone}/.venv/bin/python -c '{inside}' {clone}/page.py", clone)

@@ -19,10 +19,10 @@ from bridgexfer.artefacts import spec_hash, write_json
 from bridgexfer.data.registry import load_dataset
 from bridgexfer.datasets import few_shot
 from bridgexfer.images import as_images
-from bridgexfer.generation import SynthesisSpec, embed, encode, make_scheduler, plan, sample, synthesis_spec
+from bridgexfer.generation import SCHEDULERS, SynthesisSpec, embed, encode, make_scheduler, plan, sample, synthesis_spec
 from bridgexfer.models import find_weights, load_pipeline, load_token
-from bridgexfer.synthetic_sets import SyntheticSet, bind, find_damage, generate, init_images_of, read_spec, shard_path
-from bridgexfer.synthetic_sets import shard_rows, verify_set
+from bridgexfer.synthetic_sets import SyntheticSet, bind, card, find_damage, generate, init_images_of, make_shards
+from bridgexfer.synthetic_sets import read_spec, shard_path, shard_rows, shard_schema, write_shard
 from diffusers.utils import torch_utils
 from PIL import Image
 from safetensors.torch import save_file
@@ -45,8 +45,8 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in Path(folder).glob("shard-*.parquet")}
 
 
-def draw(pipe, rows, spec):
-    return sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], spec)
+def draw(pipe, rows, spec, **kwargs):
+    return sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], spec, **kwargs)
 
 
 # ---- crash and resume
@@ -96,22 +96,44 @@ print(generate(spec, root, 16, pipe=pipe, progress=False).new)
 """
 
 
-def test_jobs_share_a_set(model, pipe, tmp_path, one_thread):
-    "Three processes started together: the same files as one process makes, few of them twice."
+def test_jobs_make_a_set_at_once(model, pipe, tmp_path, one_thread):
+    "Three processes started together: each ends well, with the files that one process makes."
     fields = dict(steps=3, size=32, batch=10, shard=1)
     spec = synthesis_spec(model, DIGITS, **fields)
     command = [sys.executable, "-c", SHARER, json.dumps([model, DIGITS, str(tmp_path / "shared"), fields])]
-    jobs = [subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    options = dict(env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    jobs = [subprocess.Popen(command, **options) for _ in range(3)]
     for job in jobs: assert job.stdout.readline() == "ready\n"
     for job in jobs: print("go", file=job.stdin, flush=True)
     new = [json.loads(job.communicate(timeout=300)[0]) for job in jobs]
     assert not any(job.returncode for job in jobs)
     alone = generate(spec, tmp_path / "alone", 16, pipe=pipe, progress=False)
-    assert contents(tmp_path / "shared" / spec_hash(spec)) == contents(alone.folder) and len(contents(alone.folder)) == 16
-    assert SyntheticSet(tmp_path / "shared" / spec_hash(spec)).verify(per_class=16) == []
-    assert sorted({k for made in new for k in made}) == sorted(alone.new) == list(range(16))
-    assert all(new) and sum(map(len, new)) < 2 * 16  # 16 to 48: each alone would make all
+    shared = SyntheticSet(tmp_path / "shared" / spec_hash(spec))
+    assert contents(shared.folder) == contents(alone.folder) and len(contents(alone.folder)) == 16
+    assert shared.verify(per_class=16) == [] and not list(shared.folder.glob("*.part"))
+    assert sorted({k for made in new for k in made}) == alone.new == list(range(16))
+    assert all(made == sorted(made) for made in new)
     assert generate(spec, tmp_path / "shared", 16, pipe=pipe, progress=False).new == []
+
+
+def test_ranges_of_shards_make_a_set(made, spec, pipe, tmp_path):
+    for numbers in (range(2, 3), range(0, 2)):
+        assert make_shards(spec, tmp_path / "ranges", numbers, pipe=pipe, progress=False) == list(numbers)
+    assert contents(tmp_path / "ranges") == contents(made.folder)
+
+
+def test_a_shard_that_appears_meanwhile_is_skipped(made, spec, pipe, tmp_path, monkeypatch):
+    "While the first shard is being sampled, another job leaves the second."
+    def slow(*args):
+        shutil.copy(shard_path(made.folder, 1), tmp_path / "sets")
+        return sample(*args)
+
+    whole = contents(made.folder)
+    made.folder.rename(tmp_path / "elsewhere")
+    made.folder = tmp_path / "elsewhere"
+    monkeypatch.setattr("bridgexfer.synthetic_sets.sample", slow)
+    assert make_shards(spec, tmp_path / "sets", range(3), pipe=pipe, progress=False) == [0, 2]
+    assert contents(tmp_path / "sets") == whole
 
 
 def test_nothing_is_made_twice(made, spec, monkeypatch):
@@ -139,7 +161,8 @@ def test_truncated_shard(made, spec, pipe):
     assert generate(spec, made.folder.parent, 6, pipe=pipe, progress=False).verify() == []  # resuming remakes it, too
     path.write_bytes(path.read_bytes()[:100])
     shard_path(made.folder, 0).unlink()
-    assert [name for name, _ in made.verify(repair=True, pipe=pipe, progress=False)] == ["shard-00000.parquet", "shard-00001.parquet"]
+    repaired = made.verify(repair=True, pipe=pipe, progress=False)
+    assert [name for name, _ in repaired] == ["shard-00000.parquet", "shard-00001.parquet"]
     assert contents(made.folder) == whole and made.verify() == []
 
 
@@ -161,16 +184,16 @@ def test_flipped_bytes(made, spec):
     assert noticed > 140
 
 
-def test_image_that_matches_its_own_page(made, spec):
+def test_image_that_matches_its_own_page(made, spec, pipe):
     "An image that was replaced, page checksum and all, is not the one that was written."
     import pyarrow as pa
-    from bridgexfer.synthetic_sets import shard_schema, write_shard
 
     table = made.table(2)
     rows = table.to_pylist()
     rows[3]["image"]["bytes"] = rows[4]["image"]["bytes"]
     write_shard(shard_path(made.folder, 0), pa.Table.from_pylist(rows, schema=shard_schema(spec, 0)))
     assert made.verify() == [("shard-00000.parquet", "1 of its images are not those that were written")]
+    assert made.verify(repair=True, pipe=pipe, progress=False) and made.verify() == []  # though its footer was whole
     shutil.copy(shard_path(made.folder, 2), shard_path(made.folder, 0))
     assert made.verify() == [("shard-00000.parquet", "not this shard's rows")]
 
@@ -178,7 +201,7 @@ def test_image_that_matches_its_own_page(made, spec):
 # ---- specs never mix
 
 
-def test_another_spec_is_refused(made, spec, pipe, tmp_path):
+def test_another_spec_is_rejected(made, spec, pipe, tmp_path):
     other = replace(spec, guidance=8)
     with pytest.raises(ValueError, match=r"belongs to another spec \(guidance 3.5, not 8.0\)"):
         bind(made.folder, other)
@@ -194,8 +217,10 @@ def test_another_spec_is_refused(made, spec, pipe, tmp_path):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("weights", "x"), ("steps", 3), ("guidance", 2), ("size", 64), ("stored_size", 16), ("format", "jpeg"), ("seed", 1), ("version", 2),
-     ("precision", "bfloat16"), ("scheduler", "DDIM"), ("names", DIGITS[::-1]), ("shard", 3), ("templates", "style"), ("class_words", [f"<{n}>" for n in DIGITS]), ("token", "1a2b"), ("reference", "3c4d")],
+    [("weights", "x"), ("steps", 3), ("guidance", 2), ("size", 64), ("stored_size", 16), ("format", "jpeg"),
+     ("seed", 1), ("version", 2), ("precision", "bfloat16"), ("scheduler", "DDIM"), ("names", DIGITS[::-1]),
+     ("shard", 3), ("templates", "style"), ("class_words", [f"<{n}>" for n in DIGITS]), ("token_hash", "1a2b"),
+     ("init_images", "3c4d")],
 )  # fmt: skip
 def test_changed_spec_is_another_folder(spec, field, value):
     extra = {"templates": {"style": "chalk"}, "init_images": {"strength": 0.5}}.get(field, {})
@@ -222,8 +247,9 @@ def test_spec_survives_the_disk(made, spec):
         SyntheticSet(made.folder)
 
 
-def test_spec_with_words_and_reference_survives_the_disk(spec, tmp_path):
-    full = replace(spec, class_words=[f"<w{k}>" for k in range(10)], token_hash="1a2b", token_folder="there", init_images="3c4d", strength=1)
+def test_spec_with_tokens_and_init_images_survives_the_disk(spec, tmp_path):
+    words = [f"<w{k}>" for k in range(10)]
+    full = replace(spec, class_words=words, token_hash="1a2b", token_folder="there", init_images="3c4d", strength=1)
     bind(tmp_path, full)
     assert read_spec(tmp_path) == full and hash(read_spec(tmp_path)) == hash(full) and type(full.strength) is float
 
@@ -247,10 +273,12 @@ def noise(monkeypatch):
     return drawn
 
 
-def test_noise_does_not_depend_on_company(pipe, spec, noise):
-    rows, spec = plan(spec, 0, 7)[:64], replace(spec, steps=3)
+def test_noise_does_not_depend_on_the_batch(pipe, spec, noise):
+    rows = plan(spec, 0, 7)[:64]
+    spec = replace(spec, steps=3)
     pictures, numbers = {}, {}
-    for name, order, batch in [("64", np.arange(64), 64), ("7", np.arange(64), 7), ("shuffled", np.random.default_rng(0).permutation(64), 7)]:
+    shuffled = np.random.default_rng(0).permutation(64)
+    for name, order, batch in [("64", np.arange(64), 64), ("7", np.arange(64), 7), ("shuffled", shuffled, 7)]:
         noise.clear()
         images = draw(pipe, [rows[i] for i in order], replace(spec, batch=batch))
         pictures[name] = images[np.argsort(order)].astype(int)
@@ -280,23 +308,29 @@ def test_same_noise_for_every_guidance(spec):
 # ---- against diffusers
 
 
-@pytest.mark.parametrize("scheduler", ["DDPM", "DDIM", "DPM++", "DPM++ SDE", "Euler", "Euler a", "UniPC", "PNDM", "own"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_same_images_as_diffusers(model, spec, scheduler):
     pipe = load_pipeline(model)
-    spec, rows = replace(spec, scheduler=scheduler, steps=5), plan(spec, 0, 1)
+    spec = replace(spec, scheduler=scheduler, steps=5)
+    rows = plan(spec, 0, 1)
     ours = draw(pipe, rows, spec).astype(int)
     pipe.scheduler = make_scheduler(pipe, scheduler)
     generators = [torch.Generator().manual_seed(r.seed) for r in rows]
-    theirs = pipe([r.prompt for r in rows], num_inference_steps=5, guidance_scale=3.5, height=32, width=32, generator=generators, output_type="np").images
+    theirs = pipe([r.prompt for r in rows], num_inference_steps=5, guidance_scale=3.5, height=32, width=32,
+                  generator=generators, output_type="np").images  # fmt: skip
     assert np.abs(ours - (theirs * 255).round()).max() <= 1
 
 
 def test_guidance_is_equation_one(pipe, spec, monkeypatch):
     "With a stub that answers 2 with a prompt and 1 without one, the prediction is 2w + (1 - w)."
-    predictions = []
+    predictions, calls = [], []
     step = diffusers.DDPMScheduler.step
-    monkeypatch.setattr(diffusers.DDPMScheduler, "step", lambda self, eps, *a, **k: (predictions.append(eps), step(self, eps, *a, **k))[1])
-    calls = []
+
+    def recording(self, eps, *args, **kwargs):
+        predictions.append(eps)
+        return step(self, eps, *args, **kwargs)
+
+    monkeypatch.setattr(diffusers.DDPMScheduler, "step", recording)
 
     def unet(x, t, condition, return_dict):
         calls.append(len(x))
@@ -318,13 +352,16 @@ def test_another_pipeline(model, pipe, spec, tmp_path):
     torch.manual_seed(0)
     text = CLIPTextConfig.from_dict({**pipe.text_encoder.config.to_dict(), "num_hidden_layers": 2})
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, norm_num_groups=8, cross_attention_dim=2 * text.hidden_size,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + text.projection_dim,
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=2, norm_num_groups=8,
+        cross_attention_dim=2 * text.hidden_size, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + text.projection_dim,
     )  # fmt: skip
-    parts = dict(vae=pipe.vae, tokenizer=pipe.tokenizer, tokenizer_2=pipe.tokenizer, text_encoder=CLIPTextModel(text), unet=unet)
-    parts |= dict(text_encoder_2=CLIPTextModelWithProjection(text), scheduler=diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config))
-    diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False).save_pretrained(tmp_path / "xl")
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    encoders = dict(text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text))
+    tokenizers = dict(tokenizer=pipe.tokenizer, tokenizer_2=pipe.tokenizer)
+    networks = dict(vae=pipe.vae, unet=unet, scheduler=scheduler, **encoders, **tokenizers)
+    diffusers.StableDiffusionXLPipeline(**networks, add_watermarker=False).save_pretrained(tmp_path / "xl")
     spec = synthesis_spec(str(tmp_path / "xl"), DIGITS[:3], steps=2, size=32, batch=4, shard=1, seed=3)
     xl = load_pipeline(str(tmp_path / "xl"))
     made = generate(spec, tmp_path / "sets", 2, pipe=xl, progress=False)
@@ -351,11 +388,15 @@ def guided(spec, train):
 
 def test_ends_of_real_guidance(pipe, guided, monkeypatch):
     spec, two = guided
-    rows, real = plan(spec, 0, 1), two.pixels[:10]
+    rows = plan(spec, 0, 1)
+    real = two.pixels[:10]
     mean = encode(pipe, real).chunk(2, dim=1)[0]
     assert torch.equal(mean, pipe.vae.encode(torch.from_numpy(real).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean)
-    sample_of = lambda **fields: sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], replace(spec, **fields), references=real)  # noqa: E731
-    from_noise = sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], replace(spec, init_images="", strength=None))
+
+    def sample_of(**fields):
+        return draw(pipe, rows, replace(spec, **fields), init_images=real)
+
+    from_noise = draw(pipe, rows, replace(spec, init_images="", strength=None))
     assert np.array_equal(sample_of(strength=1), from_noise)
     assert not np.array_equal(sample_of(strength=0.99), from_noise)
     monkeypatch.setattr(pipe.unet, "forward", lambda *a, **k: pytest.fail("the UNet was asked"))
@@ -368,45 +409,54 @@ def test_ends_of_real_guidance(pipe, guided, monkeypatch):
 
 @pytest.mark.parametrize("scheduler", ["DDPM", "DDIM", "DPM++", "Euler", "Euler a", "UniPC", "PNDM"])
 def test_same_images_as_img2img(model, guided, scheduler):
-    pipe, (spec, two) = load_pipeline(model), guided
-    spec, rows, real = replace(spec, scheduler=scheduler, steps=8, strength=0.4), plan(spec, 0, 1), two.pixels[::2]
-    ours = sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], spec, references=real).astype(int)
-    theirs = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components | {"scheduler": make_scheduler(pipe, scheduler)}, requires_safety_checker=False)
-    theirs.set_progress_bar_config(disable=True)
-    theirs = theirs([r.prompt for r in rows], [Image.fromarray(p) for p in real], strength=0.4, num_inference_steps=8, guidance_scale=3.5,
-                    generator=[torch.Generator().manual_seed(r.seed) for r in rows], output_type="np").images  # fmt: skip
+    pipe = load_pipeline(model)
+    spec, two = guided
+    spec = replace(spec, scheduler=scheduler, steps=8, strength=0.4)
+    rows = plan(spec, 0, 1)
+    real = two.pixels[::2]
+    ours = draw(pipe, rows, spec, init_images=real).astype(int)
+    components = pipe.components | {"scheduler": make_scheduler(pipe, scheduler)}
+    img2img = diffusers.StableDiffusionImg2ImgPipeline(**components, requires_safety_checker=False)
+    img2img.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(r.seed) for r in rows]
+    theirs = img2img([r.prompt for r in rows], [Image.fromarray(p) for p in real], strength=0.4, num_inference_steps=8,
+                     guidance_scale=3.5, generator=generators, output_type="np").images  # fmt: skip
     assert np.abs(ours - (theirs * 255).round()).max() <= 1
 
 
-def test_references_are_of_the_class_and_of_the_run(pipe, spec, train, monkeypatch, tmp_path):
+def test_init_images_are_of_the_class_and_of_the_run(pipe, spec, train, monkeypatch, tmp_path):
     two = few_shot(train, 2, seed=0)
     spec = replace(spec, steps=1, init_images=two.digest, strength=0, shard=4)
     seen, original = [], sample
 
-    def spy(pipe, prompts, seeds, spec, cache, references):
-        seen.extend(zip(prompts, references, strict=True))
-        return original(pipe, prompts, seeds, spec, cache, references)
+    def spy(pipe, prompts, seeds, spec, cache, init_images):
+        seen.extend(zip(prompts, init_images, strict=True))
+        return original(pipe, prompts, seeds, spec, cache, init_images)
 
     monkeypatch.setattr("bridgexfer.synthetic_sets.sample", spy)
     made = generate(spec, tmp_path, 8, pipe=pipe, progress=False, init_images=two)
-    rows = [r for k in made.new for r in shard_rows(spec, k)]  # in the order of its own that each process takes
+    rows = [r for k in made.new for r in shard_rows(spec, k)]
     assert len(rows) == 80 and [prompt for prompt, _ in seen] == [r.prompt for r in rows]
-    handed_in = {p.tobytes(): label for p, label in zip(two.pixels, two.labels, strict=True)}
-    assert [handed_in[p.tobytes()] for _, p in seen] == [r.label for r in rows]  # a KeyError would be an image from elsewhere
-    assert len({p.tobytes() for _, p in seen}) == 20  # each of them has a part
-    assert np.array_equal(init_images_of(spec, rows, two), np.concatenate([init_images_of(spec, rows[:9], two), init_images_of(spec, rows[9:], two)]))
+    passed = {p.tobytes(): label for p, label in zip(two.pixels, two.labels, strict=True)}
+    # a KeyError would be an image from elsewhere
+    assert [passed[p.tobytes()] for _, p in seen] == [r.label for r in rows]
+    assert len({p.tobytes() for _, p in seen}) == 20  # each of them is used
+    halves = [init_images_of(spec, some, two) for some in (rows[:9], rows[9:])]
+    assert np.array_equal(init_images_of(spec, rows, two), np.concatenate(halves))
     order = np.random.default_rng(0).permutation(10)  # the same classes under other labels
     other = as_images(two.pixels, np.argsort(order)[two.labels], [two.names[k] for k in order])
-    assert np.array_equal(init_images_of(replace(spec, init_images=other.digest), rows, other), init_images_of(spec, rows, two))
+    relabelled = replace(spec, init_images=other.digest)
+    assert np.array_equal(init_images_of(relabelled, rows, other), init_images_of(spec, rows, two))
     whole = contents(made.folder)
     shard_path(made.folder, 0).unlink()
     with pytest.raises(ValueError, match="pass them as init_images"):
         made.verify(repair=True, pipe=pipe, progress=False, per_class=8)
-    assert verify_set(made, True, 8, pipe=pipe, progress=False, init_images=two) == [("shard-00000.parquet", "missing")]
+    repaired = made.verify(True, 8, pipe=pipe, progress=False, init_images=two)
+    assert repaired == [("shard-00000.parquet", "missing")]
     assert contents(made.folder) == whole and made.verify() == []
 
 
-def test_wrong_references(pipe, guided, train, tmp_path):
+def test_wrong_init_images(pipe, guided, train, tmp_path):
     spec, two = guided
     with pytest.raises(ValueError, match=f"starts from the real images {two.digest}: pass them"):
         generate(spec, tmp_path, 1, pipe=pipe, progress=False)
@@ -418,32 +468,33 @@ def test_wrong_references(pipe, guided, train, tmp_path):
     with pytest.raises(ValueError, match="nothing of eight, nine"):
         generate(replace(spec, init_images=some.digest), tmp_path, 1, pipe=pipe, progress=False, init_images=some)
     assert not list(tmp_path.rglob("*.parquet"))
-    with pytest.raises(ValueError, match="no references were given"):
+    with pytest.raises(ValueError, match="no init_images were given"):
         sample(pipe, ["a"], [0], spec)
     with pytest.raises(ValueError, match="the spec has no strength"):
-        sample(pipe, ["a"], [0], replace(spec, init_images="", strength=None), references=two.pixels[:1])
-    with pytest.raises(ValueError, match="One reference per prompt, got 2 for 1"):
-        sample(pipe, ["a"], [0], spec, references=two.pixels[:2])
+        sample(pipe, ["a"], [0], replace(spec, init_images="", strength=None), init_images=two.pixels[:1])
+    with pytest.raises(ValueError, match="One init image per prompt, got 2 for 1"):
+        sample(pipe, ["a"], [0], spec, init_images=two.pixels[:2])
     other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    with pytest.raises(ValueError, match="plain StableDiffusionPipeline, this model is a StableDiffusionImg2ImgPipeline"):
-        sample(other, ["a"], [0], spec, references=two.pixels[:1])
+    with pytest.raises(ValueError, match="plain StableDiffusionPipeline, this model is a StableDiffusionImg2Img"):
+        sample(other, ["a"], [0], spec, init_images=two.pixels[:1])
 
 
-def test_real_guidance_is_the_same_in_any_company(pipe, guided, train):
+def test_real_guidance_does_not_depend_on_the_batch(pipe, guided, train):
     spec, two = guided
     rows = plan(spec, 0, 2)
     real = two.pixels[init_images_of(spec, rows, two)]
-    whole = sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], spec, references=real)
-    parts = sample(pipe, [r.prompt for r in rows[::-1]], [r.seed for r in rows[::-1]], replace(spec, batch=7), references=real[::-1])
+    whole = draw(pipe, rows, spec, init_images=real)
+    parts = draw(pipe, rows[::-1], replace(spec, batch=7), init_images=real[::-1])
     assert np.abs(whole.astype(int) - parts[::-1]).max() <= 1
 
 
 # ---- words and tokens
 
 
-def test_words_stand_in_prompts_and_nowhere_else(spec):
+def test_class_words_are_in_prompts_and_nowhere_else(spec):
     words = [f"<abc{k}>" for k in range(10)]
-    rows, plain = plan(replace(spec, class_words=words), 0, 20), plan(spec, 0, 20)
+    rows = plan(replace(spec, class_words=words), 0, 20)
+    plain = plan(spec, 0, 20)
     assert "a photo of a <abc0>." in {r.prompt for r in plan(replace(spec, class_words=words), 0, 200)}
     assert [r._replace(prompt="") for r in rows] == [r._replace(prompt="") for r in plain]
     assert replace(spec, class_words=DIGITS) == spec  # a name that stands for itself
@@ -452,7 +503,7 @@ def test_words_stand_in_prompts_and_nowhere_else(spec):
 
 @pytest.fixture
 def token(pipe, tmp_path):
-    "A folder with two learned words."
+    "A folder with two learned tokens."
     vectors = torch.randn(2, pipe.text_encoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
     (folder := tmp_path / "token").mkdir()
     save_file({"<abc0>": vectors[0].clone(), "<abc1>": vectors[1].clone()}, folder / "learned_embeds.safetensors")
@@ -462,14 +513,17 @@ def token(pipe, tmp_path):
 def test_load_token(model, token, tmp_path):
     folder, vectors = token
     pipe = load_pipeline(model)
-    size, state = len(pipe.tokenizer), torch.get_rng_state()
+    size = len(pipe.tokenizer)
+    state = torch.get_rng_state()
     before = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
     for _ in range(2):
         assert load_token(pipe, folder) == ("<abc0>", "<abc1>")
         after = pipe.text_encoder.get_input_embeddings().weight
-        assert len(pipe.tokenizer) == len(after) == size + 2 and torch.equal(after[:size], before) and torch.equal(after[size:], vectors)
+        assert len(pipe.tokenizer) == len(after) == size + 2
+        assert torch.equal(after[:size], before) and torch.equal(after[size:], vectors)
     assert pipe.tokenizer("a <abc1>.").input_ids[2] == size + 1 and torch.equal(torch.get_rng_state(), state)
-    save_file({"<abc0>": torch.zeros(len(before[0])), "<abc2>": torch.zeros(len(before[0]))}, folder / "learned_embeds.safetensors")
+    zero = torch.zeros(len(before[0]))
+    save_file({"<abc0>": zero, "<abc2>": zero.clone()}, folder / "learned_embeds.safetensors")
     load_token(pipe, folder)  # one is new
     after = pipe.text_encoder.get_input_embeddings().weight
     assert torch.equal(after[size : size + 2], vectors) and not after[size + 2].any()
@@ -480,24 +534,26 @@ def test_load_token(model, token, tmp_path):
         load_token(pipe, tmp_path / "nowhere")
 
 
-def test_sets_with_learned_words(model, token, spec, tmp_path):
+def test_sets_with_learned_tokens(model, token, spec, tmp_path):
     folder, _ = token
     style = replace(spec, steps=1, shard=1, templates="style", style="<abc0>", token_hash="1a2b")
-    with pytest.raises(ValueError, match="lacks the learned words of token 1a2b"):
+    with pytest.raises(ValueError, match="lacks the learned tokens 1a2b"):
         generate(style, tmp_path / "sets", 1, progress=False)
     with pytest.raises(FileNotFoundError, match="nowhere holds no learned token.*run the inversion"):
         generate(replace(style, token_folder="nowhere"), tmp_path / "sets", 1, progress=False)
     with pytest.raises(ValueError, match="teaches <abc0>, <abc1>, which are neither"):
         generate(replace(style, style="<abc7>", token_folder=str(folder)), tmp_path / "sets", 1, progress=False)
     opened = load_pipeline(model)
-    made = generate(replace(style, token_folder=str(folder)), tmp_path / "sets", 1, pipe=opened, progress=False)  # the open one is taught
+    with_folder = replace(style, token_folder=str(folder))
+    made = generate(with_folder, tmp_path / "sets", 1, pipe=opened, progress=False)  # the open one is taught
     assert "<abc0>" in opened.tokenizer.get_vocab()
     again = generate(style, tmp_path / "again", 1, pipe=opened, progress=False)  # it has them: no folder is needed
-    itself = generate(replace(style, token_folder=str(folder)), tmp_path / "itself", 1, progress=False)  # opens and teaches its own
+    itself = generate(with_folder, tmp_path / "itself", 1, progress=False)  # opens and teaches its own
     assert contents(made.folder) == contents(again.folder) == contents(itself.folder)
-    unknown = generate(replace(style, token_hash="", style="<abc0>", templates="style"), tmp_path / "unknown", 1, progress=False)
-    assert not np.array_equal(unknown.images().pixels, made.images().pixels)  # a pipeline that was not taught reads the letters
-    classes = replace(spec, names=DIGITS[:2], class_words=("<abc0>", "<abc1>"), steps=1, shard=1, token_hash="1a2b", token_folder=str(folder))
+    unknown = generate(replace(style, token_hash=""), tmp_path / "unknown", 1, progress=False)
+    # a pipeline that was not taught reads the letters
+    assert not np.array_equal(unknown.images().pixels, made.images().pixels)
+    classes = replace(with_folder, templates="single", style=None, names=DIGITS[:2], class_words=("<abc0>", "<abc1>"))
     assert len(generate(classes, tmp_path / "sets", 1, progress=False).images()) == 2
     assert shard_rows(classes, 0)[1].prompt.count("<abc1>") == 1
 
@@ -505,7 +561,8 @@ def test_sets_with_learned_words(model, token, spec, tmp_path):
 # ---- names and formats
 
 
-STRANGE = ("F/A-18", "../../etc", "$(touch hacked); rm -rf ~", "Königsberger Klöpse", "三", "a\\b:c*?", ".hidden", "line\nbreak", "x" * 300, "{0} {}")
+STRANGE = ("F/A-18", "../../etc", "$(touch hacked); rm -rf ~", "Königsberger Klöpse", "三", "a\\b:c*?", ".hidden",
+           "line\nbreak", "x" * 300, "{0} {}")  # fmt: skip
 
 
 def test_strange_names_stay_inside(model, pipe, tmp_path):
@@ -513,11 +570,14 @@ def test_strange_names_stay_inside(model, pipe, tmp_path):
 
     spec = synthesis_spec(model, STRANGE, steps=1, size=32, shard=1, batch=10)
     made = generate(spec, tmp_path / "sets", 1, pipe=pipe, progress=False)
-    assert "F/A-18" in made.table().to_pylist()[0]["prompt"] and "{0} {}" in made.table().to_pylist()[9]["prompt"]
+    rows = made.table().to_pylist()
+    assert "F/A-18" in rows[0]["prompt"] and "{0} {}" in rows[9]["prompt"]
     made.export(tmp_path / "export")
-    paths = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] + [r["image"]["path"] for r in made.table().to_pylist()]
-    assert all(part.replace("-", "").replace(".", "").isalnum() and part.isascii() for p in paths for part in p.split("/"))
-    assert len(list((tmp_path / "export").iterdir())) == 10 and not any("/" in r["image"]["path"] for r in made.table().to_pylist())
+    names = [row["image"]["path"] for row in rows]
+    paths = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] + names
+    parts = [part for path in paths for part in path.split("/")]
+    assert all(part.replace("-", "").replace(".", "").isalnum() and part.isascii() for part in parts)
+    assert len(list((tmp_path / "export").iterdir())) == 10 and not any("/" in name for name in names)
     assert [label for _, label in ImageFolder(tmp_path / "export").samples] == list(range(10))
     assert made.images().names == STRANGE and read_spec(made.folder) == spec
 
@@ -527,8 +587,10 @@ def test_hugging_face_datasets(model, pipe, tmp_path):
     from PIL.Image import Image
 
     names = ("F/A-18", "Königin", "三")
-    made = generate(synthesis_spec(model, names, steps=1, size=32, shard=2), tmp_path / "sets", 4, pipe=pipe, progress=False)
-    there = load_dataset("parquet", data_files=str(made.folder / "shard-*.parquet"), split="train", cache_dir=str(tmp_path / "cache"))
+    spec = synthesis_spec(model, names, steps=1, size=32, shard=2)
+    made = generate(spec, tmp_path / "sets", 4, pipe=pipe, progress=False)
+    files = str(made.folder / "shard-*.parquet")
+    there = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert isinstance(there.features["label"], ClassLabel) and there.features["label"].names == list(names)
     assert all(isinstance(i, Image) for i in there["image"]) and there["label"] == [0, 1, 2] * 4
     assert np.array_equal(np.stack([np.asarray(i) for i in there["image"]]), made.images().pixels)
@@ -548,25 +610,51 @@ def test_export(made, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+WRITER = r"""
+import sys
+from bridgexfer.generation import SynthesisSpec
+from bridgexfer.synthetic_sets import card
+card(SynthesisSpec(["K\u00f6nigin", "\u4e09"], "x", "miniature"), 4, "\u201cquoted\u201d").save(sys.argv[1])
+"""
+
+
+def test_the_card_is_one_of_the_hub(made, tmp_path):
+    "Metadata that the hub reads, and text that does not depend on the machine's encoding."
+    from huggingface_hub import DatasetCard
+
+    data = DatasetCard.load(made.folder / "README.md").data
+    assert data.license == "apache-2.0"
+    assert data.configs == [{"config_name": "default", "data_files": "shard-*.parquet"}]
+    ascii_alone = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path / "README.md")], env=ascii_alone, check=True)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert text == str(card(SynthesisSpec(["Königin", "三"], "x", "miniature"), 4, "“quoted”")) and "Königin" in text
+
+
 def test_smaller_jpegs(model, pipe, spec, tmp_path):
     small = generate(replace(spec, format="jpeg", stored_size=16), tmp_path, 2, pipe=pipe, progress=False)
     assert small.images().pixels.shape == (20, 16, 16, 3) and small.verify() == []
     assert small.table()["image"][0].as_py()["bytes"][:2] == b"\xff\xd8"
 
 
-# ---- refusals
+# ---- what is rejected
 
 
 @pytest.mark.parametrize(
     "wrong, says",
-    [({"steps": 0}, "steps is a whole number of at least 1"), ({"guidance": -1}, "guidance is a positive number"), ({"guidance": float("nan")}, "guidance"),
-     ({"size": 0}, "size"), ({"stored_size": -1}, "stored_size"), ({"scheduler": "LMS"}, "choose DDPM, DDIM"), ({"precision": "int8"}, "choose float32, bfloat16"),
-     ({"format": "webp"}, "choose png, jpeg"), ({"names": []}, "at least one class name"), ({"names": ["cat", ""]}, "labels 1 are empty"),
-     ({"names": ["cat", "dog", "cat"]}, "more than once: cat"), ({"names": ["a  cat", "a cat "]}, "more than once: a cat"), ({"names": "cat"}, "list of class names"),
-     ({"words": ["a"] * 9}, "One word for each of the 10 classes, got 9"), ({"words": ["a"] * 10}, "Words for classes must differ.*: a"),
-     ({"words": [" ", *DIGITS[1:]]}, "Words for classes are words; those of the labels 0"), ({"words": "0123456789"}, "words is a list of words"),
-     ({"strength": 0.5}, "needs both init_images"), ({"init_images": "x"}, "needs both init_images"), ({"strength": 1.1, "init_images": "x"}, r"in \[0, 1\]"),
-     ({"strength": float("nan"), "init_images": "x"}, "strength"), ({"token_folder": "there"}, "token_hash is the hash of the words learned in there"),
+    [({"steps": 0}, "steps is a whole number of at least 1"), ({"guidance": -1}, "guidance is a positive number"),
+     ({"guidance": float("nan")}, "guidance"), ({"size": 0}, "size"), ({"stored_size": -1}, "stored_size"),
+     ({"scheduler": "LMS"}, "choose DDPM, DDIM"), ({"precision": "int8"}, "choose float32, bfloat16"),
+     ({"format": "webp"}, "choose png, jpeg"), ({"names": []}, "at least one class name"),
+     ({"names": ["cat", ""]}, "labels 1 are empty"), ({"names": ["cat", "dog", "cat"]}, "more than once: cat"),
+     ({"names": ["a  cat", "a cat "]}, "more than once: a cat"), ({"names": "cat"}, "list of class names"),
+     ({"class_words": ["a"] * 9}, "One word for each of the 10 classes, got 9"),
+     ({"class_words": ["a"] * 10}, "Words for classes must differ.*: a"),
+     ({"class_words": [" ", *DIGITS[1:]]}, "Words for classes are words; those of the labels 0"),
+     ({"class_words": "0123456789"}, "class_words is a list of words"), ({"strength": 0.5}, "needs both init_images"),
+     ({"init_images": "x"}, "needs both init_images"), ({"strength": 1.1, "init_images": "x"}, r"in \[0, 1\]"),
+     ({"strength": float("nan"), "init_images": "x"}, "strength"),
+     ({"token_folder": "there"}, "token_hash is the hash of the tokens learned in there"),
      ({"templates": "fancy"}, "choose 'single' or 'style'"), ({"templates": "style"}, "needs the word")],
 )  # fmt: skip
 def test_wrong_specs(wrong, says):
@@ -587,7 +675,7 @@ def test_wrong_requests(made, spec, pipe, tmp_path):
 
 def test_scheduler_that_does_not_fit(pipe, spec, monkeypatch):
     monkeypatch.setattr(pipe, "scheduler", diffusers.FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="DDPM does not fit StableDiffusionPipeline.* choose own"):
+    with pytest.raises(ValueError, match="DDPM does not fit StableDiffusionPipeline.* choose default"):
         draw(pipe, plan(spec, 0, 1), spec)
 
 
@@ -608,7 +696,8 @@ def test_absent_models(model, tmp_path, monkeypatch):
 
 
 def test_a_branch_is_recorded_as_its_commit(tmp_path, monkeypatch):
-    cache, old, new = tmp_path/"models--someone--something", "0" * 39 + "a", "0" * 39 + "b"
+    cache = tmp_path/"models--someone--something"
+    old, new = "0" * 39 + "a", "0" * 39 + "b"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for commit in (old, new):
@@ -617,10 +706,12 @@ def test_a_branch_is_recorded_as_its_commit(tmp_path, monkeypatch):
     (cache/"refs").mkdir()
     for commit in (old, new):
         (cache/"refs"/"main").write_text(commit)
-        assert {find_weights(m, k) for m in ("someone/something", "someone/something@main") for k in ("pipeline", "clip")} == {f"someone/something@{commit}"}
+        for name in ("someone/something", "someone/something@main"):
+            for kind in ("pipeline", "clip"): assert find_weights(name, kind) == f"someone/something@{commit}"
         assert synthesis_spec("someone/something", DIGITS).weights.endswith(commit)
     assert find_weights(f"someone/something@{old}") == f"someone/something@{old}"
-    with pytest.raises(OSError, match="which commit someone/something@v1 is: .*name the commit") as e: find_weights("someone/something@v1")
+    with pytest.raises(OSError, match="which commit someone/something@v1 is: .*name the commit") as e:
+        find_weights("someone/something@v1")
     assert len(str(e.value).splitlines()) == 1
 
 

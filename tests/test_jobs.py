@@ -1,4 +1,4 @@
-"""The study as `make study` and `make paper` run it, in the smallest profile: once, again, after edits, and with mistakes."""
+"""`make study` and `make paper`, in the smallest profile: once, again, after edits, and with mistakes."""
 import json
 import os
 import re
@@ -19,7 +19,8 @@ class Clone:
         self.folder = folder
         for name in ("bridgexfer", "figures", "nbs", "profiles"):
             shutil.copytree(ROOT/name, folder/name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-        for name in ("Makefile", "Snakefile", "settings.ini", "requirements.lock", "pyproject.toml"): shutil.copy2(ROOT/name, folder)
+        for name in ("Makefile", "Snakefile", "settings.ini", "requirements.lock", "pyproject.toml"):
+            shutil.copy2(ROOT/name, folder)
         (folder/".ci").mkdir()
         shutil.copy2(ROOT/".ci/uv.txt", folder/".ci")
         (folder/".venv").symlink_to(sys.prefix)
@@ -30,20 +31,29 @@ class Clone:
     def files(self):
         "What the copy holds, but for runs and caches."
         skipped = {".venv", ".snakemake", "runs", "__pycache__"}
-        return {p: p.read_bytes() for p in self.folder.rglob("*") if not skipped & set(p.relative_to(self.folder).parts) and p.is_file()}
+        def kept(path): return not skipped & set(path.relative_to(self.folder).parts) and path.is_file()
+        return {p: p.read_bytes() for p in self.folder.rglob("*") if kept(p)}
+
+    def run(self, command):
+        "Run a command in the copy; what it prints and its errors come together."
+        return subprocess.run(command, cwd=self.folder, env=self.env, text=True, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def make(self, *words, ok=True):
         "Call make; the environment counts as made."
-        done = subprocess.run(["make", "--no-print-directory", "-o", ".venv/.complete", *words], cwd=self.folder, env=self.env,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
+        done = self.run(["make", "--no-print-directory", "-o", ".venv/.complete", *words])
         assert (done.returncode == 0) == ok, done.stdout
         return done.stdout
 
-    def snakemake(self, *words, **settings):
-        "Call snakemake: its exit status, and what it says."
+    def command(self, *words, on="local", **settings):
+        "The command line of snakemake, on this machine or a cluster (`profiles/`)."
+        program = Path(sys.executable).with_name("snakemake")
         config = [f"{k}={v}" for k, v in {"profile": "smoke", **settings}.items()]
-        done = subprocess.run([Path(sys.executable).with_name("snakemake"), "--profile", "profiles/local", *words, "--config", *config], cwd=self.folder, env=self.env,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
+        return [program, "--profile", f"profiles/{on}", *words, "--config", *config]
+
+    def snakemake(self, *words, on="local", **settings):
+        "Call snakemake: its exit status, and what it says."
+        done = self.run(self.command(*words, on=on, **settings))
         return done.returncode, done.stdout
 
     def would_run(self, target="study", **settings):
@@ -63,13 +73,20 @@ def add_cell(kind, text):
     "An edit that adds a cell at the end of a notebook."
     def change(notebook):
         nb = json.loads(notebook)
-        nb["cells"].append({"cell_type": kind, "id": "added", "metadata": {}, "source": text, **({"execution_count": None, "outputs": []} if kind == "code" else {})})
+        cell = {"cell_type": kind, "id": "added", "metadata": {}, "source": text}
+        if kind == "code": cell |= {"execution_count": None, "outputs": []}
+        nb["cells"].append(cell)
         return json.dumps(nb)
     return change
 
 
 PAPERS = {"tab1_leep", "tab2_pipelines", "fig03_convergence", "fig10_examples"}
 EVERYTHING = PAPERS | {"generate", "transfer", "transferability"}
+
+
+def paper_notebooks(clone):
+    "The notebooks that `make paper` runs: all of the paper's but the one of `make tune`."
+    return {p.stem for p in (clone.folder/"nbs/paper").glob("*.ipynb")} - {"tab5_learning_rates"}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +117,8 @@ def test_study_leaves_tables_figures_and_notebooks(first):
     for paper in PAPERS: assert len(pd.read_csv(figures/f"{paper}.csv"))
     assert list(figures.glob("*.png")) and list(figures.glob("*.pdf"))
     executed = {p.stem for p in (clone.folder/"runs/smoke/notebooks").glob("*.ipynb")}
-    assert executed == PAPERS | {"generate-single-digits", "core-digits-mini_resnet10", "transferability-digits-mini_resnet10"}
+    jobs = {"generate-single-digits", "core-digits-mini_resnet10", "transferability-digits-mini_resnet10"}
+    assert executed == PAPERS | jobs
     ending = printed.strip().splitlines()[-1]
     assert ending.startswith("Tables and figures: ") and ending.endswith("runs/figures/smoke")
     assert "Bridged++" in printed
@@ -114,26 +132,32 @@ def test_study_writes_nothing_elsewhere(first):
 
 def test_all_that_is_made_says_how(first):
     runs = first[0].folder/"runs/smoke"
-    made = {kind: [json.loads(p.read_text()) for p in runs.glob(f"{kind}.json")] for kind in ("records/transfer/*", "records/leep/*", "bridges/*/bridge", "synthetic/*/shard-*")}
-    for kind, files in made.items():
+    for kind in ("records/transfer/*", "records/leep/*", "bridges/*/bridge", "synthetic/*/shard-*"):
+        files = [json.loads(p.read_text()) for p in runs.glob(f"{kind}.json")]
         assert files
         for f in files:
             how = f.get("made", f)
-            assert {"seconds", "finished", "device", "commit", "python", "torch"} <= set(how) and ("images_per_s" in how) == ("leep" not in kind)
+            assert {"seconds", "finished", "device", "commit", "python", "torch"} <= set(how)
+            assert ("images_per_s" in how) == ("leep" not in kind)
             assert "records" not in kind or {"seed", "dataset"} <= set(f["spec"])
 
 
 def test_from_a_number_back_to_its_runs(first):
-    clone, table = first[0], pd.read_csv(first[0].folder/"runs/figures/smoke/tab2_pipelines.csv")
+    clone, _ = first
+    table = pd.read_csv(clone.folder/"runs/figures/smoke/tab2_pipelines.csv")
     line = table.index[(table.pipeline == "bridged_pp") & (table.shots == 4)][0]
     said = clone.make("provenance", f"RESULT=runs/figures/smoke/tab2_pipelines.csv:{line + 2}")
     assert said == clone.make("provenance", "PROFILE=smoke", "RESULT=tab2_pipelines bridged_pp shots=4")
     paths = set(re.findall(r"runs/smoke/[\w./-]+\w", said))
-    assert all((clone.folder/p).exists() for p in paths) and "missing" not in said
+    assert all((clone.folder/p).exists() for p in paths)
+    assert "missing" not in said
     assert {p.split("/")[2] for p in paths} == {"notebooks", "logs", "core", "records", "bridges", "synthetic"}
     assert f"2 runs, with a mean accuracy of {table['mean'][line]:.6g} %" in said
-    assert "papermill --engine ipc nbs/jobs/transfer.ipynb runs/smoke/notebooks/core-digits-mini_resnet10.ipynb" in said and "seed 1" in said and "images/s" in said
-    assert "name one of these" in clone.make("provenance", "PROFILE=smoke", "RESULT=tab2_pipelines bridged_pp", ok=False)
+    executed = "runs/smoke/notebooks/core-digits-mini_resnet10.ipynb"
+    assert f"papermill --engine ipc nbs/jobs/transfer.ipynb {executed}" in said
+    assert "seed 1" in said and "images/s" in said
+    ambiguous = clone.make("provenance", "PROFILE=smoke", "RESULT=tab2_pipelines bridged_pp", ok=False)
+    assert "name one of these" in ambiguous
 
 
 def test_second_call_finds_everything_again(first):
@@ -145,7 +169,8 @@ def test_second_call_finds_everything_again(first):
 
 
 def test_figures_that_came_with_a_clone_are_made_anew(clone):
-    runs, state = clone.folder/"runs"/"smoke", clone.folder/".snakemake"
+    runs = clone.folder/"runs/smoke"
+    state = clone.folder/".snakemake"
     for folder in (runs, state): folder.rename(folder.with_name(f"{folder.name}.away"))
     try: assert clone.would_run()[0] == EVERYTHING
     finally:
@@ -171,20 +196,25 @@ def test_code_reruns_what_depends_on_it(clone, notebook, rerun):
 
 
 def test_code_of_modules_counts_also_where_it_is_reached_by_others(clone):
-    clone.edit("bridgexfer/prompts.py", lambda text: text + "\nMORE = 1\n") # the job imports a module that imports this one
+    # the job imports a module that imports this one
+    clone.edit("bridgexfer/prompts.py", lambda text: text + "\nMORE = 1\n")
     assert clone.would_run()[0] >= {"generate", "transfer"}
 
 
 @pytest.mark.slow
 def test_paper_leaves_every_table_and_figure(whole):
     clone, printed = whole
-    papers = {p.stem for p in (clone.folder/"nbs/paper").glob("*.ipynb")} - {"tab5_learning_rates"} # that is `make tune`
+    papers = paper_notebooks(clone)
     figures = clone.folder/"runs/figures/smoke"
-    assert papers <= {p.stem for p in figures.glob("*.csv")}
-    assert papers - {"hyperparameters", "errata"} <= {p.stem for p in figures.glob("*.png")} & {p.stem for p in figures.glob("*.pdf")}
-    assert all(len(p.read_text().splitlines()) > 1 for p in figures.glob("*.csv")) and all(p.stat().st_size > 1000 for p in figures.iterdir() if p.suffix != ".csv")
+    csv, png, pdf = ({p.stem for p in figures.glob(f"*.{kind}")} for kind in ("csv", "png", "pdf"))
+    assert papers <= csv
+    assert papers - {"hyperparameters", "errata"} <= png & pdf
+    assert all(len(p.read_text().splitlines()) > 1 for p in figures.glob("*.csv"))
+    assert all(p.stat().st_size > 1000 for p in figures.iterdir() if p.suffix != ".csv")
     executed = {p.stem for p in (clone.folder/"runs/smoke/notebooks").glob("*.ipynb")}
-    assert papers <= executed and {"invert-style-digits", "invert-class-digits", "generate-real_guidance-digits", "architectures-digits-mini_vit", "clip-digits-clip"} <= executed
+    assert papers <= executed
+    assert {"invert-style-digits", "invert-class-digits", "generate-real_guidance-digits"} <= executed
+    assert {"architectures-digits-mini_vit", "clip-digits-clip"} <= executed
     assert re.search(r"\d+ of \d+ steps \(100%\) done", printed)
 
 
@@ -222,14 +252,17 @@ def test_a_sweep_reruns_alone(whole, clone):
 
 def test_paper_would_run_every_notebook(clone):
     would = clone.would_run("paper")[0]
-    papers = {p.stem for p in (clone.folder/"nbs/paper").glob("*.ipynb")} - {"tab5_learning_rates"} # that is `make tune`
-    assert would >= papers - PAPERS | {"invert", "generate", "transfer", "fixed", "clip", "alignment"}
+    jobs = {"invert", "generate", "transfer", "fixed", "clip", "alignment"}
+    assert would >= paper_notebooks(clone) - PAPERS | jobs
 
 
 def test_plan_lists_jobs_images_hours_and_rates(clone):
     said = clone.make("plan", "PROFILE=paper")
-    assert re.search(r"H100-hours", said) and re.search(r"^In all [\d,]{9} images", said, re.M) and "projected" in said and "assumed" in said
-    assert "digits" not in said and clone.make("plan", "PROFILE=miniature", "SEEDS=0") != clone.make("plan", "PROFILE=miniature")
+    assert re.search(r"H100-hours", said)
+    assert re.search(r"^In all [\d,]{9} images", said, re.M)
+    assert "projected" in said and "assumed" in said
+    assert "digits" not in said
+    assert clone.make("plan", "PROFILE=miniature", "SEEDS=0") != clone.make("plan", "PROFILE=miniature")
 
 
 def test_settings_on_which_results_depend_rerun_everything(clone):
@@ -240,10 +273,13 @@ def test_settings_on_which_results_depend_rerun_everything(clone):
 def test_narrowed_study_leaves_the_committed_figures_alone(clone):
     rates = clone.folder/"figures/miniature/tab5_learning_rates.csv"
     rates.parent.mkdir(exist_ok=True)
-    made = not rates.exists() and rates.write_text("dataset\n")
-    narrow, whole = (clone.would_run(profile="miniature", **more)[1] for more in ({"seeds": 0}, {}))
-    if made: rates.unlink()
-    assert "input: figures/miniature/tab1_leep.csv, " in whole and "input: runs/figures/miniature/tab1_leep.csv, " in narrow
+    absent = not rates.exists()
+    if absent: rates.write_text("dataset\n")
+    _, narrow = clone.would_run(profile="miniature", seeds=0)
+    _, whole = clone.would_run(profile="miniature")
+    if absent: rates.unlink()
+    assert "input: figures/miniature/tab1_leep.csv, " in whole
+    assert "input: runs/figures/miniature/tab1_leep.csv, " in narrow
     assert "-p overrides" in narrow and "-p overrides" not in whole
 
 
@@ -259,5 +295,6 @@ def test_a_notebook_that_fails_shows_its_error_and_loses_no_figure(clone):
     clone.edit("nbs/paper/tab2_pipelines.ipynb", add_cell("code", "raise RuntimeError('as planned')"))
     code, said = clone.snakemake("tab2_pipelines")
     assert code and "RuntimeError: as planned" in said and "Traceback" in said
-    for kind in ("csv", "png", "pdf"): assert (clone.folder/f"runs/figures/smoke/tab2_pipelines.{kind}").stat().st_size
+    figures = clone.folder/"runs/figures/smoke"
+    for kind in ("csv", "png", "pdf"): assert (figures/f"tab2_pipelines.{kind}").stat().st_size
     assert "as planned" in (clone.folder/"runs/smoke/notebooks/tab2_pipelines.ipynb").read_text()

@@ -1,4 +1,4 @@
-"""Every notebook of the library runs; a file of its own, because a file's tests run one after the other, and these are half of the time."""
+"""Every notebook that exports runs. A file of its own, which takes half of the time: a file's tests share a worker."""
 import pytest
 from test_project import LIBRARY, name, run
 

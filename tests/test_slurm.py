@@ -1,10 +1,9 @@
-"""The study on a cluster: what is asked of SLURM, and a SLURM of one node that makes the same tables as this machine alone."""
+"""The study on a cluster: the resources requested, and a SLURM of one node that makes the tables of this machine."""
 import os
 import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +14,7 @@ from test_jobs import Clone
 
 SMALL = dict(pipelines="vanilla bridged", shots="4") # a piece of the grid
 DAEMONS = ("munged", "slurmctld", "slurmd")
+CLIENTS = ("sbatch", "srun", "squeue", "scancel")
 SBIN = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"]) # where daemons are, which is not on everybody's PATH
 CONF = """\
 ClusterName=toy
@@ -53,11 +53,15 @@ class Cluster:
     "A SLURM of one node, all of it in a folder of its own; `env` finds it."
     def __init__(self, folder):
         self.folder = folder
-        for name, mode in (("munge", 0o711), ("state", 0o700), ("spool", 0o700), ("bin", 0o755)): (folder/name).mkdir(mode=mode)
+        for name, mode in (("munge", 0o711), ("state", 0o700), ("spool", 0o700), ("bin", 0o755)):
+            (folder/name).mkdir(mode=mode)
         (folder/"munge/key").write_bytes(os.urandom(1024))
         (folder/"munge/key").chmod(0o600)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
-        (folder/"slurm.conf").write_text(CONF.format(folder=folder, host=socket.gethostname().split(".")[0], ports=free_ports(2), cpus=min(2, os.cpu_count()), memory=min(8000, memory)))
+        host = socket.gethostname().split(".")[0]
+        cpus = min(2, os.cpu_count())
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 # MiB
+        conf = CONF.format(folder=folder, host=host, ports=free_ports(2), cpus=cpus, memory=min(8000, memory))
+        (folder/"slurm.conf").write_text(conf)
         # the plugin's inner srun is started without the variables of SLURM, this one among them
         (folder/"bin/srun").write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun")} "$@"\n')
         (folder/"bin/srun").chmod(0o755)
@@ -67,7 +71,8 @@ class Cluster:
 
     def start(self, *words):
         "Start a daemon as a child."
-        with open(self.folder/f"{words[0]}.txt", "w") as log: return subprocess.Popen(words, env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        with open(self.folder/f"{words[0]}.txt", "w") as log:
+            return subprocess.Popen(words, env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
     def wait(self, ready, what):
         "Until something is the case, or one minute."
@@ -77,41 +82,48 @@ class Cluster:
             assert time.time() < until, f"{what}\n{logs}"
             time.sleep(0.2)
 
-    def jobs(self): return [line.split("|") for line in self.run("squeue", "--states=all", "--noheader", "--format=%k|%T|%m|%l|%C|%P").stdout.splitlines()]
+    def jobs(self):
+        "Each job's comment, state, memory, time limit, CPUs and partition."
+        listed = self.run("squeue", "--states=all", "--noheader", "--format=%k|%T|%m|%l|%C|%P")
+        return [line.split("|") for line in listed.stdout.splitlines()]
 
 
 def stop(daemon):
     "End a child that was started here."
     daemon.terminate()
     try: daemon.wait(10)
-    except subprocess.TimeoutExpired: daemon.kill(); daemon.wait()
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
 
 
 @pytest.fixture(scope="module")
 def cluster():
     "A SLURM that is up; it is gone afterwards, with everything that still runs on it."
     if os.geteuid(): pytest.skip("a SLURM of its own needs root")
-    if missing := [name for name in (*DAEMONS, "sbatch", "srun", "squeue", "scancel") if not shutil.which(name, path=SBIN)]:
-        pytest.skip(f"no {', '.join(missing)}: install SLURM (Debian, Ubuntu: apt-get install slurm-wlm munge)")
+    missing = [name for name in (*DAEMONS, *CLIENTS) if not shutil.which(name, path=SBIN)]
+    if missing: pytest.skip(f"no {', '.join(missing)}: install SLURM (Debian, Ubuntu: apt-get install slurm-wlm munge)")
     with TemporaryDirectory(prefix="slurm-") as name, ExitStack() as stack:
-        c, munge = Cluster(Path(name)), Path(name)/"munge"
+        c = Cluster(Path(name))
         c.folder.chmod(0o711)
-        stack.callback(stop, c.start("munged", "--foreground", "--force", *(f"--{k}={munge/v}" for k, v in
-                       {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}.items())))
+        munge = c.folder/"munge"
+        files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        options = [f"--{option}={munge/file}" for option, file in files.items()]
+        stack.callback(stop, c.start("munged", "--foreground", "--force", *options))
         c.wait((munge/"socket").exists, "munged does not answer")
-        for daemon in ("slurmctld", "slurmd"): stack.callback(stop, c.start(daemon, "-D", "-f", f"{c.folder}/slurm.conf"))
+        for daemon in ("slurmctld", "slurmd"):
+            stack.callback(stop, c.start(daemon, "-D", "-f", f"{c.folder}/slurm.conf"))
         stack.callback(lambda: c.wait(lambda: not c.run("squeue", "--noheader").stdout, "jobs do not end"))
         stack.callback(c.run, "scancel", "--user=root")
-        c.wait(lambda: c.run("sinfo", "--noheader", "--format=%T").stdout.strip() == "idle", "the node does not get ready")
+        def idle(): return c.run("sinfo", "--noheader", "--format=%T").stdout.strip() == "idle"
+        c.wait(idle, "the node does not get ready")
         yield c
 
 
-def core(clone, profile, *words, **settings):
+def core(clone, on, *words, **settings):
     "Make Table 2, from the core sweep: the table as text."
-    config = [f"{k}={v}" for k, v in {"profile": "smoke", **settings}.items()]
-    done = subprocess.run([Path(sys.executable).with_name("snakemake"), "--profile", f"profiles/{profile}", "tab2_pipelines", *words, "--config", *config], cwd=clone.folder,
-                          env=clone.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stdout
+    code, said = clone.snakemake("tab2_pipelines", *words, on=on, **settings)
+    assert code == 0, said
     return {p.name: p.read_text() for p in (clone.folder/"runs/figures/smoke").glob("*.csv")}
 
 
@@ -119,10 +131,15 @@ def core(clone, profile, *words, **settings):
 @pytest.mark.slurm
 def test_slurm_and_this_machine_make_the_same_table(cluster, tmp_path):
     for name in ("there", "here"): (tmp_path/name).mkdir()
-    there, here = Clone(tmp_path/"there"), Clone(tmp_path/"here")
-    there.env = {**there.env, **cluster.env, "PATH": os.pathsep.join([str(cluster.folder/"bin"), there.env["PATH"]])}
-    made = core(there, "slurm", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2", "--default-resources", "slurm_partition=main", jobs_per_sweep=2, **SMALL)
-    assert made.keys() == {"tab2_pipelines.csv"} and made == core(here, "local", **SMALL)
+    there = Clone(tmp_path/"there")
+    here = Clone(tmp_path/"here")
+    path = os.pathsep.join([str(cluster.folder/"bin"), there.env["PATH"]])
+    there.env = {**there.env, **cluster.env, "PATH": path}
+    polling = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2")
+    partition = ("--default-resources", "slurm_partition=main")
+    made = core(there, "slurm", *polling, *partition, jobs_per_sweep=2, **SMALL)
+    assert made.keys() == {"tab2_pipelines.csv"}
+    assert made == core(here, "local", **SMALL)
     done = cluster.jobs()
     asked_by = [comment.split("_wildcards_")[0] for comment, *_ in done]
     assert sorted(asked_by) == ["rule_generate", "rule_tab2_pipelines", "rule_transfer", "rule_transfer"]
@@ -131,15 +148,24 @@ def test_slurm_and_this_machine_make_the_same_table(cluster, tmp_path):
     assert jobs[0] == jobs[1] # the parts were put together in the order of one job
 
 
+STAND_INS = { # for SLURM's commands, in shell; they take no job
+    "sbatch": "echo no >&2; exit 1", "sinfo": "echo gpu", "squeue": "exit 0", "sacct": "exit 0",
+    "sacctmgr": "echo me", "scontrol": "exit 1"}
+
+
 def test_jobs_ask_for_what_settings_say(tmp_path):
-    "With commands that stand in for SLURM's and take no job; the machine need not have any."
-    (tmp_path/"clone").mkdir(), (tmp_path/"bin").mkdir()
+    "With stand-ins for SLURM's commands; the machine need not have any."
+    for name in ("clone", "bin"): (tmp_path/name).mkdir()
     clone = Clone(tmp_path/"clone")
-    for name, text in {"sbatch": "echo no >&2; exit 1", "sinfo": "echo gpu", "squeue": "exit 0", "sacct": "exit 0", "sacctmgr": "echo me", "scontrol": "exit 1"}.items():
+    for name, text in STAND_INS.items():
         (tmp_path/"bin"/name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path/"bin"/name).chmod(0o755)
     clone.env["PATH"] = os.pathsep.join([str(tmp_path/"bin"), clone.env["PATH"]])
     clone.edit("settings.ini", lambda text: text.replace("[evening]", "[evening]\ngenerate_memory = 24\nhours = 5"))
-    said = clone.make("study", "PROFILE=evening", "ON=slurm", "SET=lr=0.01", "SNAKEMAKE_ARGS=--slurm-init-seconds-before-status-checks 1 --default-resources slurm_partition=gpu slurm_account=me", ok=False)
+    polling = "--slurm-init-seconds-before-status-checks 1"
+    resources = "--default-resources slurm_partition=gpu slurm_account=me"
+    arguments = f"SNAKEMAKE_ARGS={polling} {resources}"
+    said = clone.make("study", "PROFILE=evening", "ON=slurm", "SET=lr=0.01", arguments, ok=False)
     asked = re.search(r"sbatch --parsable .*? --comment rule_generate_\S+(.*?)--wrap", said)[1]
-    for words in ("--mem 24000 ", "-t 300 ", "--gpus=1 ", "--cpus-per-task=4 ", "-p gpu ", "-A me "): assert words in asked, asked
+    for words in ("--mem 24000 ", "-t 300 ", "--gpus=1 ", "--cpus-per-task=4 ", "-p gpu ", "-A me "):
+        assert words in asked, asked

@@ -24,8 +24,10 @@ def test_a_large_difference_is_seen(metric, seeds):
 
 @pytest.mark.parametrize("metric", ["top1", "mean_per_class"])
 def test_exchanging_the_two_changes_signs_and_nothing_else(metric):
-    a, b = runs(0.80, 0), runs(0.83, 1)
-    ab, ba = paired_difference(a, b, LABELS, metric), paired_difference(b, a, LABELS, metric)
+    a = runs(0.80, 0)
+    b = runs(0.83, 1)
+    ab = paired_difference(a, b, LABELS, metric)
+    ba = paired_difference(b, a, LABELS, metric)
     assert (ba.difference, ba.low, ba.high) == pytest.approx((-ab.difference, -ab.high, -ab.low), abs=1e-12)
     assert {ab.verdict, ba.verdict} in ({"better", "worse"}, {"inconclusive"})
 
@@ -59,25 +61,33 @@ def test_pairing_counts():
 
 def test_the_two_metrics_differ_where_classes_do():
     labels = np.r_[np.zeros(820, int), np.arange(1, 10).repeat(20)]
-    a, b = (np.where(np.random.default_rng(s).random((3, 1000)) < np.where(labels == 0, large, small), labels, -1) for s, large, small in ((0, 0.8, 0.8), (1, 0.95, 0.5)))
-    assert paired_difference(a, b, labels).verdict == "better" and paired_difference(a, b, labels, "mean_per_class").verdict == "worse"
-    right = [np.mean([(p == labels)[:, labels == c].mean() for c in range(10)]) for p in (a, b)]
-    assert paired_difference(a, b, labels, "mean_per_class").difference == pytest.approx(right[1] - right[0])
+    def biased(seed, large, small):
+        right = np.random.default_rng(seed).random((3, 1000)) < np.where(labels == 0, large, small)
+        return np.where(right, labels, -1)
+    def mean_per_class(p): return np.mean([(p == labels)[:, labels == c].mean() for c in range(10)])
+    a = biased(0, 0.8, 0.8)
+    b = biased(1, 0.95, 0.5)
+    assert paired_difference(a, b, labels).verdict == "better"
+    per_class = paired_difference(a, b, labels, "mean_per_class")
+    assert per_class.verdict == "worse"
+    assert per_class.difference == pytest.approx(mean_per_class(b) - mean_per_class(a))
 
 
-def test_draws_are_those_of_a_bootstrap_written_out():
+@pytest.mark.parametrize("groups", [None, np.arange(150) % 3], ids=["one group", "three groups"])
+def test_draws_are_those_of_a_bootstrap_written_out(groups):
     rng = np.random.default_rng(0)
-    D, groups = rng.choice([-1.0, 0, 1], p=[0.1, 0.7, 0.2], size=(4, 150)), np.arange(150) % 3
-    for g in (None, groups):
-        parts = [np.arange(150)] if g is None else [np.flatnonzero(g == c) for c in range(3)]
-        plain = [D[np.ix_(rng.integers(0, 4, 4), np.concatenate([rng.choice(p, len(p)) for p in parts]))].mean() for _ in range(4000)]
-        quick, _ = resample(D, g, draws=20_000)
-        assert quick.mean() == pytest.approx(np.mean(plain), abs=0.003) and quick.std() == pytest.approx(np.std(plain), rel=0.06)
+    D = rng.choice([-1.0, 0, 1], p=[0.1, 0.7, 0.2], size=(4, 150))
+    parts = [np.arange(150)] if groups is None else [np.flatnonzero(groups == g) for g in range(3)]
+    def images(): return np.concatenate([rng.choice(part, len(part)) for part in parts])
+    plain = [D[np.ix_(rng.integers(0, 4, 4), images())].mean() for _ in range(4000)]
+    quick = resample(D, groups, draws=20_000)
+    assert quick.mean() == pytest.approx(np.mean(plain), abs=0.003)
+    assert quick.std() == pytest.approx(np.std(plain), rel=0.06)
 
 
 def test_the_same_seed_gives_the_same_interval():
-    a, b = runs(0.8, 0), runs(0.82, 1)
-    assert paired_difference(a, b, LABELS) == paired_difference(a, b, LABELS) != paired_difference(a, b, LABELS, seed=1)
+    def difference(seed): return paired_difference(runs(0.8, 0), runs(0.82, 1), LABELS, seed=seed)
+    assert difference(0) == difference(0) != difference(1)
 
 
 @pytest.mark.parametrize(("luck", "least", "most"), [(0.0, 0.93, 1.0), (0.3, 0.88, 0.99), (1.0, 0.88, 0.99)])
@@ -85,14 +95,15 @@ def test_interval_covers_the_truth_about_as_often_as_it_says(luck, least, most):
     "Simulated studies of three seeds; `luck` is how much the seed moves a run."
     from scipy.special import ndtr
 
-    rng, inside, scale = np.random.default_rng(7), 0, np.sqrt(2.5**2 + 1 + luck**2)
+    rng = np.random.default_rng(7)
+    scale = np.sqrt(2.5**2 + 1 + luck**2)
     truth = ndtr(3.8 / scale) - ndtr(3.5 / scale)
-    for _ in range(250):
+    def covered():
         difficulty = rng.normal(3.5, 2.5, 500)
         a, b = (difficulty + lift + rng.normal(0, luck, (3, 1)) + rng.normal(0, 1, (3, 500)) > 0 for lift in (0, 0.3))
         d = interval(b * 1.0 - a, draws=400)
-        inside += d.low <= truth <= d.high
-    assert least <= inside / 250 <= most
+        return d.low <= truth <= d.high
+    assert least <= np.mean([covered() for _ in range(250)]) <= most
 
 
 def test_ten_thousand_draws_take_well_under_a_second():
@@ -104,56 +115,71 @@ def test_ten_thousand_draws_take_well_under_a_second():
 
 
 @pytest.mark.parametrize(("a", "b", "labels", "metric", "said"), [
-    (runs(0.5, 0), runs(0.5, 0, 2), LABELS, "top1", "Paired predictions"), (runs(0.5, 0), runs(0.5, 1), LABELS[:5], "top1", "Paired predictions"),
-    (runs(0.5, 0), runs(0.5, 1), LABELS, "f1", "choose top1 or mean_per_class"), (np.zeros((0, 900)), np.zeros((0, 900)), LABELS, "top1", "finite numbers")])
-def test_refuses(a, b, labels, metric, said):
+    (runs(0.5, 0), runs(0.5, 0, 2), LABELS, "top1", "Paired predictions"),
+    (runs(0.5, 0), runs(0.5, 1), LABELS[:5], "top1", "Paired predictions"),
+    (runs(0.5, 0), runs(0.5, 1), LABELS, "f1", "choose top1 or mean_per_class"),
+    (np.zeros((0, 900)), np.zeros((0, 900)), LABELS, "top1", "finite numbers"),
+])
+def test_rejects(a, b, labels, metric, said):
     with pytest.raises(ValueError, match=said): paired_difference(a, b, labels, metric)
 
 
 # ---- tables
 
 def records(**accuracy):
-    return pd.DataFrame([dict(dataset="d", shots=0, pipeline=p, seed=s, metric="top1", labels=LABELS.tolist(), predictions=row.tolist(), accuracy=float((row == LABELS).mean()))
-                         for i, (p, v) in enumerate(accuracy.items()) for s, row in enumerate(runs(v, i))])
+    common = dict(dataset="d", shots=0, metric="top1", labels=LABELS.tolist())
+    def record(p, s, row):
+        return dict(**common, pipeline=p, seed=s, predictions=row.tolist(), accuracy=float((row == LABELS).mean()))
+    return pd.DataFrame([record(p, s, row) for i, (p, share) in enumerate(accuracy.items())
+                         for s, row in enumerate(runs(share, i))])
 
 
 def test_compare_pairs_by_seed_not_by_row():
     frame = records(vanilla=0.7, bridged=0.9, mixed=0.5)
     verdicts = compare(frame, ["dataset", "shots"]).set_index("pipeline")
     assert verdicts.verdict.to_dict() == {"bridged": "better", "mixed": "worse"}
-    shuffled = compare(frame.sample(frac=1, random_state=0), ["dataset", "shots"]).set_index("pipeline").loc[verdicts.index]
-    pd.testing.assert_frame_equal(verdicts, shuffled)
+    shuffled = compare(frame.sample(frac=1, random_state=0), ["dataset", "shots"]).set_index("pipeline")
+    pd.testing.assert_frame_equal(verdicts, shuffled.loc[verdicts.index])
     assert compare(frame, ["dataset", "shots"], baseline="mixed").set_index("pipeline").verdict["vanilla"] == "better"
 
 
-def test_compare_refuses_what_is_not_paired():
+def test_compare_rejects_what_is_not_paired():
     frame = records(vanilla=0.7, bridged=0.9)
-    with pytest.raises(ValueError, match=r"bridged has the seeds \[0, 1\]"): compare(frame.drop(index=5), ["dataset", "shots"])
-    with pytest.raises(ValueError, match="seed 2 stands twice"): compare(pd.concat([frame, frame.tail(1)]), ["dataset", "shots"])
-    with pytest.raises(ValueError, match="no runs of vanilla"): compare(frame[frame.pipeline == "bridged"], ["dataset", "shots"])
-    other = frame.assign(labels=[*frame.labels[:-1], [0] * 900])
-    with pytest.raises(ValueError, match="different test labels"): compare(other, ["dataset", "shots"])
+    other_labels = frame.assign(labels=[*frame.labels[:-1], [0] * 900])
+    mistakes = [
+        (frame.drop(index=5), r"bridged against vanilla: seeds \[0, 1\] against \[0, 1, 2\]"),
+        (pd.concat([frame, frame.tail(1)]), "seed 2 occurs twice"),
+        (frame[frame.pipeline == "bridged"], "no runs of vanilla"),
+        (other_labels, "different test labels"),
+    ]
+    for wrong, words in mistakes:
+        with pytest.raises(ValueError, match=words): compare(wrong, ["dataset", "shots"])
 
 
 def test_summary():
     table = summary(records(vanilla=0.7, bridged=0.9), ["dataset", "pipeline"]).set_index("pipeline")
     assert list(table.columns) == ["dataset", "mean", "sd", "n"] and table.n.tolist() == [3, 3]
     assert table["sd"]["vanilla"] == pytest.approx(np.std(records(vanilla=0.7).accuracy, ddof=1))
-    with pytest.raises(ValueError, match="1 rows have no accuracy"): summary(pd.DataFrame({"p": ["a"], "accuracy": [np.nan]}), ["p"])
+    with pytest.raises(ValueError, match="1 rows have no accuracy"):
+        summary(pd.DataFrame({"p": ["a"], "accuracy": [np.nan]}), ["p"])
 
 
 def test_tally():
-    assert tally(["worse", "better"], "things", "mixed") == "better than mixed on 1 of 2 things, worse on 1, inconclusive on 0"
+    said = tally(["worse", "better"], "things", "mixed")
+    assert said == "better than mixed on 1 of 2 things, worse on 1, inconclusive on 0"
     with pytest.raises(ValueError, match="got good"): tally(["good"])
 
 
 def grid(**rates):
-    return pd.DataFrame([dict(dataset="d", arch="a", pipeline=p, lr=lr, accuracy=v) for p, row in rates.items() for lr, v in row.items()])
+    return pd.DataFrame([dict(dataset="d", arch="a", pipeline=p, lr=lr, accuracy=v)
+                         for p, row in rates.items() for lr, v in row.items()])
 
 
 def test_learning_rate_ties_go_to_the_smaller():
-    chosen = choose_rates(grid(vanilla={0.1: 0.9, 0.03: 0.9, 0.01: 0.8}, mixed={0.1: 0.5, 0.03: 0.7, 0.01: 0.6})).set_index("pipeline")
-    assert chosen.lr.to_dict() == {"vanilla": 0.03, "mixed": 0.03} and set(chosen.edge) == {""} and set(chosen.origin) == {"tuned"}
+    cells = grid(vanilla={0.1: 0.9, 0.03: 0.9, 0.01: 0.8}, mixed={0.1: 0.5, 0.03: 0.7, 0.01: 0.6})
+    chosen = choose_rates(cells).set_index("pipeline")
+    assert chosen.lr.to_dict() == {"vanilla": 0.03, "mixed": 0.03}
+    assert set(chosen.edge) == {""} and set(chosen.origin) == {"tuned"}
 
 
 def test_learning_rates_are_chosen_by_the_mean_over_seeds_and_a_failed_one_cannot_win():

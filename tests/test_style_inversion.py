@@ -93,7 +93,8 @@ def test_others_open_the_folder(model, few, tmp_path):
     spec = spec_of(model, few)
     folder = invert(spec, few, tmp_path, pipe=pipe)
     pipe.load_textual_inversion(str(folder))
-    after, [word] = pipe.text_encoder.get_input_embeddings().weight.detach(), token_words(spec)
+    after = pipe.text_encoder.get_input_embeddings().weight.detach()
+    [word] = token_words(spec)
     assert len(after) == len(before) + 1 and torch.equal(after[:-1], before)
     assert torch.equal(after[pipe.tokenizer.convert_tokens_to_ids(word)], rows(folder)[word])
     assert len(pipe.tokenizer.tokenize(f"a three photo in the style of {word}")) == 8
@@ -101,12 +102,15 @@ def test_others_open_the_folder(model, few, tmp_path):
     assert load_token(pipe, invert(classes, few, tmp_path, pipe=pipe)) == token_words(classes)
 
 
-def test_a_pipeline_that_knows_other_words(model, pipe, few, tmp_path):
-    "Words that were loaded before stand in the same table and change nothing."
-    other, spec = load_pipeline(model), spec_of(model, few)
+def test_a_pipeline_that_knows_other_tokens(model, pipe, few, tmp_path):
+    "Tokens that were loaded before are in the same table and change nothing."
+    other = load_pipeline(model)
+    spec = spec_of(model, few)
     load_token(other, invert(spec_of(model, few, steps=0), few, tmp_path, pipe=pipe))
-    a, b = (rows(invert(spec, few, tmp_path / name, pipe=p)) for name, p in (("a", pipe), ("b", other)))
-    assert torch.equal(*(r[token_words(spec)[0]] for r in (a, b)))
+    a = rows(invert(spec, few, tmp_path / "a", pipe=pipe))
+    b = rows(invert(spec, few, tmp_path / "b", pipe=other))
+    [word] = token_words(spec)
+    assert torch.equal(a[word], b[word])
 
 
 # ---- stops
@@ -150,8 +154,14 @@ def test_nothing_is_learned_twice(model, pipe, few, tmp_path, monkeypatch):
 
 
 def test_only_the_given_images_are_encoded_and_only_once(model, pipe, digits, few, tmp_path, monkeypatch):
-    seen, encode = [], style_inversion.encode
-    monkeypatch.setattr(style_inversion, "encode", lambda pipe, pixels, *a: seen.append(pixels.copy()) or encode(pipe, pixels, *a))
+    seen = []
+    encode = style_inversion.encode
+
+    def recording(pipe, pixels, *args):
+        seen.append(pixels.copy())
+        return encode(pipe, pixels, *args)
+
+    monkeypatch.setattr(style_inversion, "encode", recording)
     for kind in ("style", "class"):
         invert(spec_of(model, few, kind=kind, steps=1), few, tmp_path, pipe=pipe)
     assert np.array_equal(np.concatenate(seen), few.pixels)  # two runs, one encoding
@@ -162,7 +172,8 @@ def test_only_the_given_images_are_encoded_and_only_once(model, pipe, digits, fe
 
 
 def test_moments_depend_on_images_and_weights(pipe, digits, tmp_path):
-    a, b = digits.train.take([0, 1]), digits.train.take([2, 3])
+    a = digits.train.take([0, 1])
+    b = digits.train.take([2, 3])
     first = latent_moments(pipe, a, tmp_path, "one")
     assert not np.array_equal(first, latent_moments(pipe, b, tmp_path, "one"))
     latent_moments(pipe, a, tmp_path, "two")
@@ -189,13 +200,12 @@ def test_every_step_has_one_class_and_its_prompt(model, pipe, few):
 
 @pytest.mark.parametrize("kind,same", [("class", True), ("style", False)])
 def test_the_token_of_a_class_depends_on_its_images_alone(model, pipe, few, tmp_path, one_thread, kind, same):
-    "With the images of all other classes exchanged for noise, class three learns the same bits; a style token does not."
+    "With the images of the other classes replaced by noise, class three learns the same bits; a style token does not."
     pixels = np.random.default_rng(0).integers(0, 256, few.pixels.shape, np.uint8)
     pixels[few.labels == 3] = few.pixels[few.labels == 3]
     spoilt = as_images(pixels, few.labels, few.names)
     specs = [spec_of(model, i, kind=kind, steps=3) for i in (few, spoilt)]
-    learned = [list(rows(invert(s, i, tmp_path, pipe=pipe)).items()) for s, i in zip(specs, (few, spoilt))]
-    by_word = [dict(r) for r in learned]
+    by_word = [rows(invert(s, i, tmp_path, pipe=pipe)) for s, i in zip(specs, (few, spoilt))]
     token = 3 if kind == "class" else 0
     a, b = (r[token_words(s)[token]] for r, s in zip(by_word, specs))
     assert torch.equal(a, b) is same
@@ -206,7 +216,7 @@ def test_the_token_of_a_class_depends_on_its_images_alone(model, pipe, few, tmp_
 # ---- specs and mistakes
 
 
-def test_untrained_is_the_word_it_begins_as(model, pipe, few, tmp_path, monkeypatch):
+def test_untrained_is_the_word_it_starts_from(model, pipe, few, tmp_path, monkeypatch):
     monkeypatch.setattr(style_inversion, "encode", lambda *a: pytest.fail("needs no image"))
     spec = spec_of(model, few, steps=0, init="chalk")
     folder = invert(spec, few, tmp_path, pipe=pipe)
@@ -217,8 +227,10 @@ def test_untrained_is_the_word_it_begins_as(model, pipe, few, tmp_path, monkeypa
 def test_spec_survives_json_and_says_what_it_is(model, pipe, few, tmp_path):
     spec = spec_of(model, few, shots=2, steps=1)
     assert InversionSpec(**read_json(invert(spec, few, tmp_path, pipe=pipe) / "inversion.json")["spec"]) == spec
-    others = dict(kind="class", dataset="x", images="y", names=("a",), weights="w", shots=3, seed=1, steps=9, lr=1.0, batch=3, init="chalk", size=64, precision="bfloat16")
-    assert len({spec_hash(replace(spec, **{k: v})) for k, v in others.items()} | {spec_hash(spec)}) == len(others) + 1
+    others = dict(kind="class", dataset="x", images="y", names=("a",), weights="w", shots=3, seed=1, steps=9, lr=1.0,
+                  batch=3, init="chalk", size=64, precision="bfloat16")
+    hashes = {spec_hash(replace(spec, **{k: v})) for k, v in others.items()}
+    assert len(hashes | {spec_hash(spec)}) == len(others) + 1
 
 
 def test_mistakes_are_named(model, pipe, few, digits, tmp_path):
@@ -245,20 +257,26 @@ def test_denoising_loss_is_paired(pipe, few):
     whole = denoising_loss(pipe, few, prompts, draws=2)
     assert whole.shape == (20,) and not np.allclose(whole, denoising_loss(pipe, few, prompts, draws=2, seed=1))
     at = [3, 11, 17]  # a part of the images, other batches: the same noise and timesteps
-    assert np.allclose(whole[at], denoising_loss(pipe, few.take(at), [prompts[i] for i in at], draws=2, batch=2), rtol=1e-4)
+    part = denoising_loss(pipe, few.take(at), [prompts[i] for i in at], draws=2, batch=2)
+    assert np.allclose(whole[at], part, rtol=1e-4)
     wrong = [f"a photo of a {few.names[(c + 5) % 10]}." for c in few.labels]
     assert denoising_loss(pipe, few, wrong, draws=8).mean() > denoising_loss(pipe, few, prompts, draws=8).mean()
 
 
 def test_timesteps_are_spread_over_the_schedule(pipe, few, monkeypatch):
     seen = []
-    monkeypatch.setattr(style_inversion, "noise_error", lambda pipe, z, eps, t, c, precision: seen.append(t) or torch.zeros(len(t)))
+
+    def recording(pipe, z_t, eps, t, c, precision):
+        seen.append(t)
+        return torch.zeros(len(t))
+
+    monkeypatch.setattr(style_inversion, "noise_error", recording)
     denoising_loss(pipe, few, [""] * len(few), draws=5)
     assert all(((t >= 200 * k) & (t < 200 * (k + 1))).all() for k, t in enumerate(seen)) and len(seen) == 5
     assert len(torch.cat(seen).unique()) > 50
 
 
-def test_a_model_that_does_not_guess_noise_is_refused(model, few):
+def test_a_model_that_does_not_predict_noise_is_rejected(model, few):
     pipe = load_pipeline(model)
     pipe.scheduler.register_to_config(prediction_type="v_prediction")
     with pytest.raises(ValueError, match="v_prediction"):

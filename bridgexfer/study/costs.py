@@ -15,6 +15,7 @@ import pandas as pd
 from ..data.registry import dataset_info, train_size
 from .grid import FROM_REAL, SWEEPS, SetKey, Study
 from ..transfer import Run, pipeline
+from ..models import SHIPPED
 
 # %% ../../nbs/study/05_costs.ipynb #039eadbd
 @dataclass(frozen=True)
@@ -182,8 +183,8 @@ H100 = Rates("H100", (
     Rate("transfer", "vit_large", 650., "assumed: 370 GFLOP an image at 240 TFLOP/s")),
     32e3, "assumed: 256 pixels, JPEG 95, crops of two photographs")
 TWO_CORES = Rates("machine", (
-    Rate("generate", "miniature", 20., "assumed: 25 steps, bfloat16, two jobs at once"),
-    Rate("invert", "miniature", 20., "assumed: batches of 8, two jobs at once"),
+    Rate("generate", SHIPPED, 20., "assumed: 25 steps, bfloat16, two jobs at once"),
+    Rate("invert", SHIPPED, 20., "assumed: batches of 8, two jobs at once"),
     Rate("transfer", "mini_resnet10", 4_000., "assumed: two jobs at once"),
     Rate("transfer", "", 3_000., "assumed: two jobs at once")),
     2e3, "assumed: 32 pixels, PNG")
