@@ -27,7 +27,7 @@ class Backbone:
     source_classes: int = 1000 # of its source head; 0 if it was pre-trained without labels
     why: str = "" # these weights and no others
 
-# %% ../nbs/library/09_backbones.ipynb #2c23a989
+# %% ../nbs/library/09_backbones.ipynb #08c24abf
 TORCHVISION = ("torchvision's first weights: the plain recipe, "
                "and what \"ImageNet pre-trained\" meant in most papers on transfer")
 AUGREG = ("the only recipe in timm that has both ViT-B/16 and ViT-L/16 at 224 pixels "
@@ -49,7 +49,7 @@ def _timm():
     import timm
     return timm
 
-# %% ../nbs/library/09_backbones.ipynb #6e9855e4
+# %% ../nbs/library/09_backbones.ipynb #2e58d685
 def backbone(arch: str, # a key of `ARCHS`, or the name of any pre-trained timm model
             ) -> Backbone:
     "What is known of an architecture."
@@ -60,7 +60,7 @@ def backbone(arch: str, # a key of `ARCHS`, or the name of any pre-trained timm 
     cfg = _timm().get_pretrained_cfg(arch)
     return Backbone(arch, cfg.input_size[-1], source_classes=cfg.num_classes)
 
-# %% ../nbs/library/09_backbones.ipynb #7d334972
+# %% ../nbs/library/09_backbones.ipynb #d8b10e8a
 SHIPPED = PACKAGE/"weights"/"backbones"
 
 def backbone_digest(arch: str, # a key of `ARCHS` or a timm model
@@ -70,7 +70,7 @@ def backbone_digest(arch: str, # a key of `ARCHS` or a timm model
     if b.shipped: return digest(SHIPPED/f"{arch}.safetensors")
     return f"timm:{_timm().get_pretrained_cfg(b.timm_name).hf_hub_id}"
 
-# %% ../nbs/library/09_backbones.ipynb #942c391d
+# %% ../nbs/library/09_backbones.ipynb #61801e8e
 def _overlay(arch: str) -> dict[str, Any]: # entries of timm's `pretrained_cfg`
     "Where a backbone differs from what timm says of its architecture."
     b = backbone(arch)
@@ -79,6 +79,7 @@ def _overlay(arch: str) -> dict[str, Any]: # entries of timm's `pretrained_cfg`
     unlike = dict.fromkeys(("url", "hf_hub_id", "license", "paper_ids", "origin_url", "test_input_size", "pool_size"))
     return size | unlike | dict(tag=arch, mean=(0.5,) * 3, std=(0.5,) * 3, num_classes=b.source_classes)
 
+# %% ../nbs/library/09_backbones.ipynb #3813809e
 def untrained(arch: str, # a key of `ARCHS` or a timm model
               classes: int, # of its head
              ) -> nn.Module:
@@ -97,14 +98,14 @@ def reset_head(model: nn.Module, # any timm model; changed in place
         model.reset_classifier(classes)
     return model
 
-# %% ../nbs/library/09_backbones.ipynb #26b7f6db
+# %% ../nbs/library/09_backbones.ipynb #44db58f4
 def _shipped(arch: str) -> nn.Module:
     "A backbone with the weights that ship with the package."
     with torch.random.fork_rng(devices=[]): model = untrained(arch, backbone(arch).source_classes)
     model.load_state_dict(load_file(SHIPPED/f"{arch}.safetensors"))
     return model
 
-# %% ../nbs/library/09_backbones.ipynb #2c97e12e
+# %% ../nbs/library/09_backbones.ipynb #e4243d71
 def fetch_weights(timm_name: str, # with its weight tag
                  ) -> str: # path of a safetensors file
     "The pre-trained weights of a timm model, from the cache or the hub."
@@ -119,7 +120,7 @@ def fetch_weights(timm_name: str, # with its weight tag
         raise OSError(f"Cannot open the weights {timm_name}: {repo} has no model.safetensors "
                       f"in the cache {constants.HF_HUB_CACHE}, and the hub {why}.") from None
 
-# %% ../nbs/library/09_backbones.ipynb #c9374abf
+# %% ../nbs/library/09_backbones.ipynb #7e441743
 def _fetched(arch: str) -> nn.Module:
     "A backbone with the weights that timm names."
     b = backbone(arch)
@@ -139,7 +140,7 @@ def create_backbone(arch: str, # a key of `ARCHS` or a timm model
     model = _shipped(arch) if b.shipped else _fetched(arch)
     return model if classes is None else reset_head(model, classes, seed)
 
-# %% ../nbs/library/09_backbones.ipynb #ed2398b1
+# %% ../nbs/library/09_backbones.ipynb #2995c26b
 def input_config(model: nn.Module, # any timm model
                 ) -> InputConfig:
     "What a model expects of its images."
@@ -149,7 +150,7 @@ def input_config(model: nn.Module, # any timm model
     config = _timm().data.resolve_model_data_config(model)
     return InputConfig(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
 
-# %% ../nbs/library/09_backbones.ipynb #5415455e
+# %% ../nbs/library/09_backbones.ipynb #7849bd25
 def model_name(model: nn.Module) -> str: # such as "resnet18.tv_in1k"
     "What a model is called: its name in timm and the tag of its weights, or else its class."
     config = getattr(model, "pretrained_cfg", {})

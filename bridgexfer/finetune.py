@@ -57,7 +57,7 @@ def mix(x: torch.Tensor, # (n, 3, size, size)
     partner = torch.from_numpy(rng.permutation(len(x))).to(x.device, non_blocking=True)
     return lam * x + (1 - lam) * x[partner], y[partner], lam
 
-# %% ../nbs/library/11_finetune.ipynb #a624c771
+# %% ../nbs/library/11_finetune.ipynb #9902fbab
 class Step(NamedTuple):
     "What a step reports, summed over its images."
     loss: torch.Tensor # () on the device
@@ -84,7 +84,7 @@ def train_step(model: nn.Module, # in training mode
     right = lam * (best == y).sum() + (1 - lam) * (best == partner).sum()
     return Step(loss.detach() * len(y), right, len(y))
 
-# %% ../nbs/library/11_finetune.ipynb #dc3d849b
+# %% ../nbs/library/11_finetune.ipynb #7d3f1fa9
 @dataclass
 class Training:
     "A fine-tuning in progress."
@@ -99,7 +99,7 @@ class Training:
     curve: list[dict[str, float]] = field(default_factory=list) # of each epoch so far: epoch, loss, train_accuracy
     began: float = field(default_factory=time) # seconds since 1970
 
-# %% ../nbs/library/11_finetune.ipynb #af11dfcd
+# %% ../nbs/library/11_finetune.ipynb #de417aff
 def begin(model: nn.Module, # trained in place
           images: Images, # what to train on
           spec: FinetuneSpec,
@@ -115,12 +115,12 @@ def begin(model: nn.Module, # trained in place
     identity = f"{model_name(model)}, seed {seed}, {len(images)} images, {spec}"
     return Training(images, spec, identity, model, opt, sched, rng, mix_rng)
 
-# %% ../nbs/library/11_finetune.ipynb #c464843e
+# %% ../nbs/library/11_finetune.ipynb #152297a7
 class NonFiniteLoss(ArithmeticError):
     "Training went to infinity or NaN; there is no result."
 
-# %% ../nbs/library/11_finetune.ipynb #83186d2b
-def train_epoch(t: Training, # changed in place, but for its curve
+# %% ../nbs/library/11_finetune.ipynb #bcc91baf
+def train_epoch(t: Training, # changed in place, apart from its curve
                 on_step: Callable[[Training, Step], None] | None = None, # called after each step
                ) -> tuple[float, float]: # mean loss, share of right predictions
     "One pass over a training's images."
@@ -150,18 +150,18 @@ def save_state(path: Path, # of the file
     contiguous = {k: v.contiguous() for k, v in tensors.items()}
     with atomic(path) as part: save_file(contiguous, part, {"training": json.dumps(header)})
 
-# %% ../nbs/library/11_finetune.ipynb #c24bb2d6
+# %% ../nbs/library/11_finetune.ipynb #ad139d35
 def _header(path: Path) -> dict[str, Any]: # identity, curve, seconds, sched, lr, mix_rng
     "What a state says besides its tensors."
     with safe_open(path, "pt") as f: return json.loads(f.metadata()["training"])
 
-# %% ../nbs/library/11_finetune.ipynb #5fd19173
+# %% ../nbs/library/11_finetune.ipynb #57306429
 def elapsed(path: Path | None, # of a state
            ) -> float: # seconds
     "How long a training took until its state was saved; 0 if none was."
     return _header(path)["seconds"] if path and path.exists() else 0.
 
-# %% ../nbs/library/11_finetune.ipynb #05a1d8a5
+# %% ../nbs/library/11_finetune.ipynb #6c58828d
 def load_state(path: Path, # of the file
                t: Training, # that was just begun; changed in place
               ) -> None:
@@ -182,7 +182,7 @@ def load_state(path: Path, # of the file
     t.curve = header["curve"]
     t.began = time() - header["seconds"]
 
-# %% ../nbs/library/11_finetune.ipynb #fc3f294a
+# %% ../nbs/library/11_finetune.ipynb #5aa03706
 def _progress(t: Training,
               label: str | None, # None shows none
              ) -> tqdm:

@@ -41,7 +41,7 @@ class Pipeline:
     real: bool = True # there is a stage that sees real images
     lr_from: str = "" # the pipeline whose learning rate it takes, if not its own
 
-# %% ../nbs/library/12_transfer.ipynb #c0292509
+# %% ../nbs/library/12_transfer.ipynb #c6f63968
 PIPELINES = {
     "vanilla": Pipeline("Vanilla", "#000000", "o", "--"),
     "mixed": Pipeline("Mixed", "#DE8100", "X", ":", mixed=True),
@@ -50,7 +50,7 @@ PIPELINES = {
     "bridged_pp": Pipeline("Bridged++", "#093C63", "D", (0, (6, 1)), bridged=True, fc_reinit=True, mixup=True),
 }
 
-# %% ../nbs/library/12_transfer.ipynb #978833e5
+# %% ../nbs/library/12_transfer.ipynb #3a854176
 CONTROLS = {
     "vanilla_long": Pipeline("Vanilla, same compute", match_compute=True, lr_from="vanilla"),
     "vanilla_mixup": Pipeline("Vanilla + mixup", mixup_real=True, lr_from="vanilla"),
@@ -59,7 +59,7 @@ CONTROLS = {
     "synthetic": Pipeline("Synthetic only", bridged=True, real=False),
 }
 
-# %% ../nbs/library/12_transfer.ipynb #3a1ae43f
+# %% ../nbs/library/12_transfer.ipynb #030ba3ac
 def pipeline(name: str) -> Pipeline: # name: a key of `PIPELINES` or `CONTROLS`
     "A pipeline by its name."
     known = {**PIPELINES, **CONTROLS}
@@ -100,7 +100,7 @@ def make_bridge(spec: BridgeSpec,
     state.unlink(missing_ok=True)
     return folder
 
-# %% ../nbs/library/12_transfer.ipynb #968dd452
+# %% ../nbs/library/12_transfer.ipynb #ef908cf8
 def load_bridge(folder: str | Path, # the bridge's own folder
                 classes: int, # of its head
                ) -> nn.Module:
@@ -126,7 +126,7 @@ class Run:
         "Whether the pipeline needs synthetic images."
         return pipeline(self.pipeline).mixed or pipeline(self.pipeline).bridged
 
-# %% ../nbs/library/12_transfer.ipynb #6853e47f
+# %% ../nbs/library/12_transfer.ipynb #1f88819a
 @dataclass(frozen=True)
 class TransferSpec:
     "What makes a result."
@@ -153,7 +153,7 @@ class TransferSpec:
     mixup: float = 0. # α, in the stage that sees real images
     version: int = 2 # of the method
 
-# %% ../nbs/library/12_transfer.ipynb #ccdcb2a6
+# %% ../nbs/library/12_transfer.ipynb #cdd15645
 def join(a: Images, # keep their row numbers
          b: Images, # their row numbers become -1
         ) -> Images:
@@ -259,13 +259,13 @@ class Task:
         seen = real + synthetic if pipeline(run.pipeline).mixed else real
         return self.recipe.epochs_of(run, synthetic / real) * seen
 
-# %% ../nbs/library/12_transfer.ipynb #abe8810d
+# %% ../nbs/library/12_transfer.ipynb #d761ea49
 def _counts(task: Task, run: Run) -> tuple[int, int]: # real images, synthetic images
     "How many images a run has."
     classes = len(task.train.names)
     return run.shots * classes or len(task.train), run.per_class * classes
 
-# %% ../nbs/library/12_transfer.ipynb #b963c556
+# %% ../nbs/library/12_transfer.ipynb #5b9e0b4f
 def _spec_of(task: Task, run: Run, lr: float, synthetic: str) -> TransferSpec:
     "The spec of a run."
     p = pipeline(run.pipeline)
@@ -283,7 +283,7 @@ def _spec_of(task: Task, run: Run, lr: float, synthetic: str) -> TransferSpec:
     if p.bridged: spec = replace(spec, bridge=spec_hash(task.bridge(run, synthetic)))
     return spec
 
-# %% ../nbs/library/12_transfer.ipynb #2b6d6a06
+# %% ../nbs/library/12_transfer.ipynb #2683067b
 def _check(run: Run, synthetic: Images | None) -> None:
     "Reject a run without the synthetic images that it needs."
     if not run.uses: return
