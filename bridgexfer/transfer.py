@@ -56,7 +56,7 @@ CONTROLS = {
     "vanilla_mixup": Pipeline("Vanilla + mixup", mixup_real=True, lr_from="vanilla"),
     "mixed_mixup": Pipeline("Mixed + mixup", mixed=True, mixup_real=True, lr_from="mixed"),
     "bridged_mixup": Pipeline("Bridged + mixup", bridged=True, mixup=True, lr_from="bridged"),
-    "synthetic": Pipeline("Synthetic only", bridged=True, real=False),
+    "synthetic": Pipeline("Synthetic only", "#9A4C95", dash="-.", bridged=True, real=False),
 }
 
 # %% ../nbs/library/12_transfer.ipynb #030ba3ac

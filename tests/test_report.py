@@ -9,7 +9,7 @@ import pytest
 from bridgexfer.study import plots, report
 from bridgexfer.study.report import Claim, agrees, caution, conclude, judge, only, ordered, plus_minus, printed
 from bridgexfer.study.report import published, quoted, show_table, standing, wide
-from bridgexfer.transfer import PIPELINES, Pipeline
+from bridgexfer.transfer import CONTROLS, PIPELINES, Pipeline
 
 matplotlib.use("Agg")
 
@@ -67,6 +67,11 @@ def test_a_pipeline_that_is_added_has_its_label_and_its_look(monkeypatch):
     looks = {(line.get_color(), line.get_marker()) for line in axes["", "digits"].lines}
     assert ("#117733", "v") in looks and [h.get_label() for h in plots.key(["half"])] == ["Half bridged"]
     plots.plt.close(fig)
+
+
+def test_synthetic_only_is_drawn_unlike_every_other():
+    looks = {name: (p.color, p.dash) for name, p in {**PIPELINES, **CONTROLS}.items()}
+    assert list(looks.values()).count(looks["synthetic"]) == 1
 
 
 def test_rows_are_in_the_order_that_is_asked_for():
