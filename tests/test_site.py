@@ -72,7 +72,7 @@ def test_library_pages_hold_signatures_sources_and_outputs(pages):
     html, text = (SITE/"library/13_scores.html").read_text(), words("library/13_scores.html")
     assert 'id="scores-leep"' in html and "Show the code" in html
     assert "_check_softmax" in text and "-2.302" not in words("jobs/transferability.html")
-    assert "steps has origin 'guessed'" in words("study/00_settings.html") # printed when the notebook ran
+    assert "steps has the source 'guessed'" in words("study/00_settings.html") # printed when the notebook ran
 
 
 def test_names_lead_to_their_definitions(pages):
