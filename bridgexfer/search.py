@@ -136,7 +136,7 @@ class Found(NamedTuple):
             if len(values) > 1 and self.values[axis] == max(values): found[axis] = "largest"
         return found
 
-# %% ../nbs/library/18_search.ipynb #c58fb7b2
+# %% ../nbs/library/18_search.ipynb #85f7841a
 def search(start: dict[str, float], # axis -> the value to begin with
            axes: dict[str, Axis], # in the order in which they are searched
            trial: Callable[[dict[str, float], int], Trial | None], # values by axis, and seed
@@ -149,9 +149,10 @@ def search(start: dict[str, float], # axis -> the value to begin with
     def go(axis): # whether its value changed
         def at(value, seed): return trial(values | {axis: value}, seed)
         races[axis], tried[axis] = race_axis(axes[axis], at, seeds, first)
-        old, values[axis] = values[axis], races[axis].winner
-        return old != values[axis]
+        old, new = values[axis], races[axis].winner
+        if new is not None: values[axis] = new
+        return new != old
     go(main)
-    if values[main] is None: return None
+    if races[main].winner is None: return None
     if any([go(axis) for axis in others]): go(main)
     return Found(values, tried, races)
