@@ -8,7 +8,7 @@ __all__ = ['balanced', 'descriptions', 'within', 'across', 'kernel_distance', 'n
 # %% ../nbs/library/16_alignment.ipynb #bc1e263c
 from dataclasses import dataclass
 import numpy as np
-from .artefacts import hashed_as, stable_hash
+from .artefacts import stable_hash
 from .datasets import few_shot
 from .images import Images
 from .prompts import templates
@@ -96,7 +96,7 @@ class AlignmentSpec:
     synthetic: str = "" # hash of the synthetic set; "" for "real"
     per_class: int = 0 # images of a class that are compared
     weights: str = "" # of the text-to-image model; "" where no prompt describes the images
-    token_hash: str = hashed_as("token", "") # hash of the learned tokens; "": none
+    token_hash: str = "" # hash of the learned tokens; "": none
     draws: int = 0 # of noise and timestep for each image; 0: no loss is computed
     points: int = 300 # images whose projected features are kept, to plot them
     version: int = 1 # of the method

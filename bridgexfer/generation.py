@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from .artefacts import hashed_as, stable_hash, unhashed
+from .artefacts import stable_hash, unhashed
 from .models import PRECISIONS, find_weights
 from .prompts import templates
 if TYPE_CHECKING: import diffusers # imported inside functions: programs that make no images do not wait for it
@@ -134,18 +134,18 @@ class SynthesisSpec:
     scheduler: str = "DDPM" # a name in SCHEDULERS
     steps: int = 50 # denoising steps
     guidance: float = 3.5 # w of equation 1
-    size: int = hashed_as("side", 512) # of a generated image, pixels
-    stored_size: int | None = hashed_as("stored_side", None) # of a stored image, pixels; None: as generated
+    size: int = 512 # of a generated image, pixels
+    stored_size: int | None = None # of a stored image, pixels; None: as generated
     format: str = "png" # of a stored image: "png" or "jpeg"
     batch: int = unhashed(16) # images sampled together
     precision: str = "float32" # of the networks' weights: a name in PRECISIONS
     seed: int = 0 # of the set
     shard: int = 20 # indexes of every class in one file
     version: int = SYNTHESIS_VERSION # of the method
-    class_words: tuple[str, ...] | None = hashed_as("words", None) # for each class in the prompts; None: its name
-    token_hash: str = hashed_as("token", "") # hash of the learned tokens that the prompts name; "": none
+    class_words: tuple[str, ...] | None = None # for each class in the prompts; None: its name
+    token_hash: str = "" # hash of the learned tokens that the prompts name; "": none
     token_folder: str = unhashed("") # where they are
-    init_images: str = hashed_as("reference", "") # digest of the real images that sampling starts from; "": none
+    init_images: str = "" # digest of the real images that sampling starts from; "": none
     strength: float | None = None # with init_images: share of the steps that are run, in [0, 1]
 
     def __post_init__(self):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TOKENS', 'AUTOCAST', 'INVERSION_VERSION', 'InversionSpec', 'check_inversion', 'inversion_spec', 'token_words',
            'sentences', 'latent_moments', 'noise_schedule', 'TokenTask', 'token_task', 'Draw', 'draw', 'noisy',
-           'first_row', 'embed_with', 'frozen', 'noise_error', 'step_loss', 'fresh_state', 'optimiser', 'record',
-           'learn', 'train_tokens', 'loss_curve', 'check_method', 'check_images', 'open_model', 'save_tokens', 'invert',
-           'stratified', 'denoising_loss']
+           'first_row', 'arithmetic', 'embed_with', 'frozen', 'noise_error', 'step_loss', 'fresh_state', 'optimiser',
+           'record', 'learn', 'train_tokens', 'loss_curve', 'check_method', 'check_images', 'open_model', 'save_tokens',
+           'invert', 'stratified', 'denoising_loss']
 
 # %% ../nbs/library/07_style_inversion.ipynb #08a82172
 import copy, time
@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from tqdm.auto import tqdm
-from .artefacts import atomic, hashed_as, provenance, spec_hash, stable_hash, write_json
+from .artefacts import atomic, provenance, spec_hash, stable_hash, write_json
 from .generation import check_choice, check_whole, embed, encode, make_scheduler
 from .images import Images
 from .models import SHIPPED, TOKENS_FILE, find_weights, load_pipeline
@@ -31,7 +31,7 @@ if TYPE_CHECKING: import diffusers
 
 # %% ../nbs/library/07_style_inversion.ipynb #29fd00d7
 TOKENS = ("style", "class")
-AUTOCAST = {"float32": torch.float32, "bfloat16": torch.bfloat16} # precisions of the UNet's arithmetic
+AUTOCAST = {"float32": torch.float32, "bfloat16": torch.bfloat16} # precisions of the networks' arithmetic
 INVERSION_VERSION = 1 # of the method: raise it when the same spec would give another token
 
 # %% ../nbs/library/07_style_inversion.ipynb #8db24620
@@ -49,8 +49,8 @@ class InversionSpec:
     lr: float = 5e-3 # of AdamW
     batch: int = 8 # images a step
     init: str = "photo" # the word whose embedding the token starts from
-    size: int = hashed_as("side", 512) # of the images that the model works on, pixels
-    precision: str = "float32" # of the UNet's arithmetic: a name in AUTOCAST
+    size: int = 512 # of the images that the model works on, pixels
+    precision: str = "float32" # of the networks' arithmetic: a name in AUTOCAST
     version: int = INVERSION_VERSION # of the method
 
     def __post_init__(self):
@@ -200,6 +200,13 @@ def first_row(pipe: "diffusers.StableDiffusionPipeline", # the model
                          "choose another init, such as 'photo'.")
     return pipe.text_encoder.get_input_embeddings().weight[ids[0]].detach().float().cpu().clone()
 
+# %% ../nbs/library/07_style_inversion.ipynb #34434392
+def arithmetic(device: torch.device, # that the networks are on
+               precision: str, # a name in AUTOCAST
+              ): # a context
+    "The precision in which networks compute; their weights keep theirs."
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
 # %% ../nbs/library/07_style_inversion.ipynb #0ef432a4
 def embed_with(task: TokenTask,
                row: torch.Tensor, # (width,) the token's embedding, which takes gradients
@@ -212,7 +219,8 @@ def embed_with(task: TokenTask,
     longer = torch.cat([table[:tokenizer.convert_tokens_to_ids(task.word)], row[None].to(table)])
     ids = tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
                     return_tensors="pt").input_ids
-    return functional_call(encoder, {name: longer}, ids.to(table.device))[0]
+    with arithmetic(table.device, task.spec.precision):
+        return functional_call(encoder, {name: longer}, ids.to(table.device))[0].float()
 
 # %% ../nbs/library/07_style_inversion.ipynb #3028d9d6
 @contextmanager
@@ -235,7 +243,7 @@ def noise_error(pipe: "diffusers.StableDiffusionPipeline", # the model
     "The mean square error of the UNet's prediction of the noise."
     unet = pipe.unet
     z_t, eps, t = (x.to(unet.device, non_blocking=True) for x in (z_t, eps, t))
-    with torch.autocast(unet.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+    with arithmetic(unet.device, precision):
         predicted = unet(z_t.to(unet.dtype), t, c.to(unet.dtype), return_dict=False)[0]
     return (predicted.float() - eps).square().mean((1, 2, 3))
 

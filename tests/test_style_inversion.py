@@ -113,12 +113,27 @@ def test_a_pipeline_that_knows_other_tokens(model, pipe, few, tmp_path):
     assert torch.equal(a[word], b[word])
 
 
+def test_bfloat16_learns_what_float32_learns(model, pipe, few, tmp_path):
+    "Networks compute in bfloat16; token and losses are float32, and near those of float32."
+    specs = [spec_of(model, few, steps=20, batch=8, precision=p) for p in ("float32", "bfloat16")]
+    folders = [invert(spec, few, tmp_path, pipe=pipe) for spec in specs]
+    exact, rounded = (next(iter(rows(folder).values())) for folder in folders)
+    curves = [next(iter(read_json(folder / "inversion.json")["curve"]["loss"].values())) for folder in folders]
+    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    assert curves[1] == pytest.approx(curves[0], rel=0.05)
+    start = first_row(pipe, "photo")
+    assert torch.cosine_similarity(exact - start, rounded - start, 0) > 0.9
+
+
 # ---- stops
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind,stop", [("style", 4), ("class", 9)])
-def test_a_stopped_run_ends_as_an_unbroken_one(model, pipe, few, tmp_path, monkeypatch, one_thread, kind, stop):
-    spec = spec_of(model, few, kind=kind, steps=6 if kind == "style" else 2)
+def test_a_stopped_run_ends_as_an_unbroken_one(
+    model, pipe, few, tmp_path, monkeypatch, one_thread, kind, stop, precision
+):
+    spec = spec_of(model, few, kind=kind, steps=6 if kind == "style" else 2, precision=precision)
     whole = invert(spec, few, tmp_path / "whole", pipe=pipe, every=2)
     seen = []
 

@@ -266,7 +266,8 @@ class Specs(Sets):
         "The learned token of a dataset's style, or those of its classes."
         s = self.settings
         steps = s.class_steps if kind == "class" else s.style_steps
-        how = dict(steps=steps, lr=s.inversion_lr, batch=s.inversion_batch, init=s.inversion_init, size=s.size)
+        how = dict(steps=steps, lr=s.inversion_lr, batch=s.inversion_batch, init=s.inversion_init, size=s.size,
+                   precision=s.precision)
         images = subset(data, shots, seed)
         return inversion_spec(self.model, images, data.info.name, kind, shots=shots, seed=seed, **how)
 
