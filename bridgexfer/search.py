@@ -85,24 +85,25 @@ def _finish(trials: dict[Hashable, list[Trial]], # of those that are left
     beaten = [error[c] for c in lag if c not in tied]
     return Race(winner, tied, len(trials[winner]), mean(winner, "accuracy"), min(beaten, default=np.nan))
 
-# %% ../nbs/library/18_search.ipynb #376ef186
+# %% ../nbs/library/18_search.ipynb #9198abb1
 @dataclass(frozen=True)
 class Axis:
     "The values of a hyper-parameter that are tried."
-    values: tuple[float, ...] # ascending
-    widens: bool = False # by a factor of about three, for rates
+    values: tuple[float, ...]
+    widens: bool = False # by a factor of about three
+    least: float = 0. # no value is smaller
 
-def beyond(values: Sequence[float], # rates, ascending
+def beyond(values: Sequence[float], # ascending; 1 or 3 times a power of ten
            at: float, # one of them
           ) -> float | None: # the next value if it is an end of the grid
-    "The rate beyond the end of a grid."
+    "The value beyond the end of a grid."
     tens = round(log10(at) * 2) / 2 # 1 and 3 of each power of ten
-    def rate(half): return float(f"{10**half:.0e}")
+    def rate(half): return float(f"{10**half:.0e}") # 0.3162 is 0.3
     if at == values[-1]: return rate(tens + .5)
     if at == values[0]: return rate(tens - .5)
     return None
 
-# %% ../nbs/library/18_search.ipynb #41b72b77
+# %% ../nbs/library/18_search.ipynb #8147b261
 WIDENINGS = 4 # at most, of one grid
 
 def race_axis(axis: Axis,
@@ -115,7 +116,7 @@ def race_axis(axis: Axis,
     done = race(values, trial, seeds, first)
     for _ in range(WIDENINGS if axis.widens else 0):
         more = done.winner is not None and beyond(values, done.winner)
-        if not more: break
+        if not more or more < axis.least: break
         values = tuple(sorted((*values, more)))
         done = race(values, trial, seeds, first) # trials that were made are found again
     return done, values

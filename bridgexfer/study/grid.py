@@ -249,7 +249,7 @@ def strength(shots: int, # 0 is all
     "Real Guidance's strength: He et al.'s for the nearest number of shots below that they give one for."
     return STRENGTHS[max(k for k in STRENGTHS if k <= (shots or max(STRENGTHS)))]
 
-# %% ../../nbs/study/02_grid.ipynb #d99d7dc1
+# %% ../../nbs/study/02_grid.ipynb #76e24a3e
 class Specs(Sets):
     "The specs of a profile's runs and sets."
     @property
@@ -343,7 +343,7 @@ class Runs(SetSpecs):
         found = made.verify(True, run.per_class, device=device, init_images=init_images)
         print("Made again: " + ", ".join(f"{name} ({why})" for name, why in found))
 
-# %% ../../nbs/study/02_grid.ipynb #c48bb400
+# %% ../../nbs/study/02_grid.ipynb #722bd006
 class Trainings(Runs):
     "How the runs of a profile are trained, given what is searched."
     def axes(self, name: str, shots: int) -> dict[str, Axis]: # name: of a pipeline
@@ -352,8 +352,10 @@ class Trainings(Runs):
         axes = {"lr": Axis(s.lrs, widens=len(s.lrs) > 1)}
         if p.bridged: axes |= {"stage1_lr": Axis(s.stage1_lrs, widens=len(s.stage1_lrs) > 1),
                                "stage1_epochs": Axis(s.stage1_epochs)}
-        if p.mixed: axes |= {"epochs": Axis(s.mixed_few_epochs if shots else s.mixed_epochs),
-                             "repeats": Axis(s.few_repeats if shots else s.repeats)}
+        if p.mixed:
+            repeats = s.few_repeats if shots else s.repeats
+            axes |= {"epochs": Axis(s.mixed_few_epochs if shots else s.mixed_epochs),
+                     "repeats": Axis(repeats, widens=len(repeats) > 1, least=1)}
         return axes
 
     def start(self, name: str, shots: int) -> dict[str, float]: # name: of a pipeline
