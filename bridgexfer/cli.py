@@ -169,10 +169,10 @@ def _new_folder(path: str) -> Path:
     return out
 
 # %% ../nbs/apps/01_cli.ipynb #a834e560
-def _rates(study, data, arch: str, **how) -> dict[str, float]: # pipeline -> learning rate; how: of `own_rates`
-    from bridgexfer.own_images import PIPELINES_COMPARED, own_rates
-    lr = study.settings.lr
-    return own_rates(study, data, arch, **how).lr.to_dict() if lr == "tuned" else dict.fromkeys(PIPELINES_COMPARED, lr)
+def _chosen(study, data, arch: str, **how) -> dict[str, dict]: # pipeline -> hyper-parameters; how: of `own_choices`
+    from bridgexfer.own_images import PIPELINES_COMPARED, own_choices
+    if study.settings.lr == "tuned": return own_choices(study, data, arch, **how)
+    return {name: study.start(name, 0) for name in PIPELINES_COMPARED}
 
 # %% ../nbs/apps/01_cli.ipynb #9f3cb6a4
 def _result(outcome, out: Path) -> tuple[dict[str, object], str]: # a JSON value, and the same as text
@@ -207,7 +207,7 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     data = study.load(dataset)
     how = dict(style=style, given=given, device=_device(device))
     arch = arch or study.archs[0]
-    outcome = compare_own(study, data, arch, _rates(study, data, arch, **how), **how)
+    outcome = compare_own(study, data, arch, _chosen(study, data, arch, **how), **how)
     save_outcome(outcome, study, folder)
     return _answer(0, *_result(outcome, folder), as_json)
 

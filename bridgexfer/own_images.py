@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PIPELINES_COMPARED', 'OURS', 'VERDICTS', 'own_study', 'own_runs', 'own_token', 'own_set', 'check_classes',
-           'own_images', 'run_own', 'own_rates', 'Outcome', 'own_table', 'own_difference', 'own_model', 'compare_own',
-           'confusion', 'hardest', 'draw_confusion', 'timm_config', 'history', 'readme', 'write_outcome',
+           'own_images', 'run_own', 'own_choice', 'own_choices', 'Outcome', 'own_table', 'own_difference', 'own_model',
+           'compare_own', 'confusion', 'hardest', 'draw_confusion', 'timm_config', 'history', 'readme', 'write_outcome',
            'save_outcome']
 
 # %% ../nbs/apps/00_own_images.ipynb #b48c2624
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,15 +23,16 @@ from torch import nn
 from .artefacts import digest, spec_hash, write_json
 from .backbones import input_config
 from .data.registry import dataset_info
-from .datasets import Dataset, hold_out
+from .datasets import Dataset
 from .finetune import NonFiniteLoss
 from .images import Images
-from .statistics import choose_rates, compare, summary
+from .search import Trial, search
+from .statistics import compare, summary
 from .study.grid import SHIPPED_NAMES, Study
 from .study.records import find_record, record_run, to_frame
 from .style_inversion import invert
 from .synthetic_sets import SyntheticSet, generate
-from .transfer import Run, Task, pipeline, run_task
+from .transfer import Run, pipeline, transfer
 
 # %% ../nbs/apps/00_own_images.ipynb #f3b846d5
 def own_study(dataset: str, # a folder, or a name of the registry
@@ -38,7 +40,7 @@ def own_study(dataset: str, # a folder, or a name of the registry
               **overrides, # key="text", as for `Study`
              ) -> Study:
     "A profile for one dataset; its seeds share one synthetic set."
-    study = Study(profile, **{"set_per_seed": 0, **overrides})
+    study = Study(profile, **{"sets": 1, **overrides})
     unknown = sorted(set(dataset_info(dataset).names) - SHIPPED_NAMES)
     if study.offline and unknown:
         raise ValueError(f"The shipped model draws letters and digits and knows no {unknown[0]!r}: "
@@ -106,44 +108,59 @@ def own_images(study: Study, # of `own_study`
 
 # %% ../nbs/apps/00_own_images.ipynb #82973bd0
 def run_own(study: Study, # of `own_study`
-            kind: str, # of the record: "tune" or "transfer"
-            task: Task,
+            data: Dataset,
+            arch: str,
             run: Run,
-            lr: float, # of the stage that sees real images
+            values: dict[str, float], # of hyper-parameters, by axis
             images: tuple[str, Images | None], # from `own_images`
             device: str = "cpu",
             label: str | None = None, # of the progress bars; None shows none
+            split: str = "test", # what `data.test` is: "test" or "validation"
            ) -> tuple[dict, nn.Module | None]: # the record, and the model; None if the record was found
     "The record of one run, found or made."
-    spec = task.spec(run, lr, images[0])
+    spec = study.spec(data, arch, run, values, split, images[0])
+    kind = "transfer" if split == "test" else "tune"
     model = None
     def train():
         nonlocal model
-        model, result = run_task(task, run, lr, images, study.runs_dir/"bridges", device, label)
+        model, result = transfer(spec, data, images[1], study.runs_dir/"bridges", device, label)
         return result
     record_run(study.runs_dir, kind, spec, train, device)
     return find_record(study.runs_dir, kind, spec), model
 
 # %% ../nbs/apps/00_own_images.ipynb #e0569229
-def own_rates(study: Study, # of `own_study`
-              data: Dataset,
-              arch: str,
-              style: bool = False,
-              given: SyntheticSet | None = None, # a set to use instead of the profile's
-              device: str = "cpu",
-             ) -> pd.DataFrame: # one row per pipeline: lr, validation_accuracy, edge
-    "The learning rate of each pipeline that does best on validation images."
-    s, records = study.settings, []
-    fit, validation = hold_out(data.train, s.validation, s.tuning_seed)
-    task = replace(study.task(data, arch), train=fit, test=validation, split="validation")
-    for run in own_runs(study, style)[:len(PIPELINES_COMPARED)]:
-        run = replace(run, seed=s.tuning_seed)
-        images = own_images(study, data, run, device, given)
-        for lr in s.lrs:
-            label = f"{pipeline(run.pipeline).label}, learning rate {lr}"
-            try: records.append(run_own(study, "tune", task, run, lr, images, device, label)[0])
-            except NonFiniteLoss: continue
-    return choose_rates(to_frame(records)).set_index("pipeline")
+def own_choice(study: Study, # of `own_study`
+               part: Dataset, # whose test images are validation images
+               arch: str,
+               run: Run, # the seed does not matter
+               device: str = "cpu",
+               given: SyntheticSet | None = None, # a set to use instead of the profile's
+              ) -> dict[str, float | str]: # by axis; and validation_accuracy, edge
+    "The hyper-parameters with which a pipeline does best on validation images."
+    name, seeds = run.pipeline, study.tuning_seeds(run.shots)
+    images = own_images(study, part, replace(run, seed=seeds[0]), device, given)
+    def trial(values, seed):
+        label = f"{pipeline(name).label}, " + ", ".join(f"{k} {v:g}" for k, v in values.items())
+        of_seed = replace(run, seed=seed)
+        try: record, _ = run_own(study, part, arch, of_seed, values, images, device, label, "validation")
+        except NonFiniteLoss: return None
+        return Trial(record["result"]["accuracy"], record["result"]["loss"], len(part.test))
+    found = search(study.start(name, 0), study.searched(name, 0, arch), trial, seeds)
+    if found is None: raise NonFiniteLoss(f"{pipeline(name).label} diverges at every learning rate that was tried: "
+                                          "give smaller ones in `lrs`.")
+    return found.values | dict(validation_accuracy=found.races["lr"].accuracy, edge=found.edges.get("lr", ""))
+
+def own_choices(study: Study, # of `own_study`
+                data: Dataset,
+                arch: str,
+                style: bool = False,
+                given: SyntheticSet | None = None, # a set to use instead of the profile's
+                device: str = "cpu",
+               ) -> dict[str, dict[str, float | str]]: # by pipeline, from `own_choice`
+    "The hyper-parameters of each pipeline."
+    part = study.held_out(data, study.tuning_seeds(0)[0])
+    runs = own_runs(study, style)[:len(PIPELINES_COMPARED)]
+    return {run.pipeline: own_choice(study, part, arch, run, device, given) for run in runs}
 
 # %% ../nbs/apps/00_own_images.ipynb #14e942ea
 OURS = pipeline("bridged_pp").label
@@ -158,7 +175,7 @@ class Outcome:
     data: Dataset
     arch: str
     runs: pd.DataFrame # a row per run: pipeline, seed, accuracy, predictions, labels ...
-    table: pd.DataFrame # a row per pipeline: mean, sd, n, lr
+    table: pd.DataFrame # a row per pipeline: mean, sd, n, and its hyper-parameters
     difference: dict[str, float | int | str] # of bridged++ to vanilla: difference, low, high (in [-1, 1]), verdict, n
     winner: str # a pipeline
     model: nn.Module # the winner's, of the first seed
@@ -175,11 +192,11 @@ class Outcome:
 
 # %% ../nbs/apps/00_own_images.ipynb #2a7f16bd
 def own_table(runs: pd.DataFrame, # a row per run
-              rates: dict[str, float], # pipeline -> learning rate
-             ) -> pd.DataFrame: # a row per pipeline: mean, sd, n, lr
+              chosen: dict[str, dict[str, float]], # pipeline -> hyper-parameters, by axis
+             ) -> pd.DataFrame: # a row per pipeline: mean, sd, n, lr ...
     "How each pipeline did."
-    table = summary(runs, ["pipeline"])
-    return table.assign(lr=table.pipeline.map(rates)).set_index("pipeline")
+    table = summary(runs, ["pipeline"]).set_index("pipeline")
+    return table.join(pd.DataFrame.from_dict(chosen, orient="index"))
 
 # %% ../nbs/apps/00_own_images.ipynb #37fcd127
 def own_difference(runs: pd.DataFrame, # a row per run
@@ -191,45 +208,45 @@ def own_difference(runs: pd.DataFrame, # a row per run
 # %% ../nbs/apps/00_own_images.ipynb #b4886bb6
 def own_model(study: Study, # of `own_study`
               data: Dataset,
-              task: Task,
+              arch: str,
               run: Run,
-              lr: float,
+              values: dict[str, float], # of hyper-parameters, by axis
               given: SyntheticSet | None = None, # a set to use instead of the profile's
               device: str = "cpu",
              ) -> nn.Module: # on the CPU
     "The model of a run whose record was found."
-    images = own_images(study, data, run, device, given)
+    name, images = own_images(study, data, run, device, given)
     label = f"{pipeline(run.pipeline).label} again, for its weights"
-    model, _ = run_task(task, run, lr, images, study.runs_dir/"bridges", device, label)
+    spec = study.spec(data, arch, run, values, synthetic=name)
+    model, _ = transfer(spec, data, images, study.runs_dir/"bridges", device, label)
     return model.cpu()
 
 # %% ../nbs/apps/00_own_images.ipynb #6c0e4306
 def compare_own(study: Study, # of `own_study`
                 data: Dataset,
                 arch: str,
-                rates: dict[str, float], # pipeline -> learning rate
+                chosen: dict[str, dict[str, float]], # pipeline -> hyper-parameters, by axis
                 style: bool = False,
                 given: SyntheticSet | None = None, # a set to use instead of the profile's
                 device: str = "cpu",
                ) -> Outcome:
     "Fine-tune both pipelines with every seed, and compare them on the test images."
     records, models = [], {}
-    task = study.task(data, arch)
     runs = own_runs(study, style)
     first_seed = runs[0].seed
     for run in runs:
         images = own_images(study, data, run, device, given)
         label = f"{pipeline(run.pipeline).label}, seed {run.seed}"
-        record, model = run_own(study, "transfer", task, run, rates[run.pipeline], images, device, label)
+        record, model = run_own(study, data, arch, run, chosen[run.pipeline], images, device, label)
         records.append(record)
         if model is not None and run.seed == first_seed: models[run] = model.cpu()
     frame = to_frame(records)
-    table = own_table(frame, rates)
-    winner = table["mean"].idxmax()
+    difference = own_difference(frame)
+    winner = "bridged_pp" if difference["verdict"] == "better" else "vanilla"
     best = [(r.pipeline, r.seed) for r in runs].index((winner, first_seed))
     model = models.get(runs[best])
-    if model is None: model = own_model(study, data, task, runs[best], rates[winner], given, device)
-    return Outcome(data, arch, frame, table, own_difference(frame), winner, model, records[best])
+    if model is None: model = own_model(study, data, arch, runs[best], chosen[winner], given, device)
+    return Outcome(data, arch, frame, own_table(frame, chosen), difference, winner, model, records[best])
 
 # %% ../nbs/apps/00_own_images.ipynb #3086375a
 def confusion(outcome: Outcome,
@@ -288,7 +305,7 @@ def history(outcome: Outcome) -> dict[str, object]: # JSON values
     "How a classifier came to be."
     o = outcome
     run = {k: o.run[k] for k in ("hash", "spec", "made")}
-    pipelines = o.table.reset_index().to_dict("records")
+    pipelines = json.loads(o.table.reset_index().to_json(orient="records")) # what a pipeline lacks is null
     return dict(verdict=o.verdict(), winner=o.winner, difference=o.difference, pipelines=pipelines, run=run)
 
 # %% ../nbs/apps/00_own_images.ipynb #490c3d44

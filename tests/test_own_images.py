@@ -18,12 +18,13 @@ from bridgexfer.data.registry import load_dataset
 from bridgexfer.datasets import Dataset
 from bridgexfer.generation import synthesis_spec
 from bridgexfer.images import as_images
-from bridgexfer.own_images import own_images, own_rates, own_runs, own_study
+from bridgexfer.own_images import own_choices, own_images, own_runs, own_study
 from bridgexfer.synthetic_sets import SyntheticSet, card, generate
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {c.callback.__name__: c.callback for c in app.registered_commands}
-SMALL = dict(images="8", steps="2", epochs="1", stage1_epochs="1", lrs="0.1 0.01", seeds="0 1")
+SMALL = dict(images="8", steps="2", epochs="1", stage1_epochs="1", lrs="0.1 0.01", stage1_lrs="0.03", seeds="0 1",
+             tuning_seeds="100 101")
 
 
 def write(folder, per_class=(6, 4), names=("one", "three")): # train, test
@@ -134,14 +135,14 @@ def test_nothing_is_trained_while_the_folder_has_errors(folder, tmp_path, capsys
     assert "leak" in capsys.readouterr().out and not out.exists() and not runs.exists()
 
 
-def test_rates_are_chosen_without_the_test_images(study, folder, tmp_path):
+def test_hyper_parameters_are_chosen_without_the_test_images(study, folder, tmp_path):
     data = study.load(str(folder))
-    rates = own_rates(study, data, "mini_resnet10")
-    assert {"vanilla", "bridged_pp"} == set(rates.index)
+    chosen = own_choices(study, data, "mini_resnet10")
+    assert {"vanilla", "bridged_pp"} == set(chosen)
     pixels = np.random.default_rng(0).integers(256, size=data.test.pixels.shape)
     noise = as_images(pixels, data.test.labels, data.info.names)
     other = own_study(str(folder), "miniature", runs=str(tmp_path/"other"), **SMALL)
-    assert own_rates(other, Dataset(data.info, data.train, noise), "mini_resnet10").equals(rates)
+    assert own_choices(other, Dataset(data.info, data.train, noise), "mini_resnet10") == chosen
 
 
 def ones_and_sevens(root, shard, **how):

@@ -404,11 +404,12 @@ class Choices(Trainings):
     def spec(self, data: Dataset, arch: str, run: Run,
              values: dict[str, float] | None = None, # of hyper-parameters, by axis; None: those that were chosen
              split: str = "test", # or "validation"
+             synthetic: str | None = None, # hash of another set than the profile's
             ) -> TransferSpec:
         "All that decides a run's result."
         values = values or self.choice(data.info.name, arch, run)
         stages = self.stages(data, arch, run, values)
-        synthetic = self.synthetic_hash(data, run)
+        if synthetic is None: synthetic = self.synthetic_hash(data, run)
         repeats = int(values.get("repeats", 1))
         return transfer_spec(run, data, arch, stages, synthetic, self.settings.mixup, repeats=repeats, split=split)
 
