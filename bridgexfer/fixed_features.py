@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'FIXED_PIPELINES', 'FeatureSpec', 'cached_features', 'Head', 'to_head', 'head_of', 'head_predict', 'to_layer',
-           'head_spec', 'check_finite', 'train_heads', 'fixed_spec', 'head_result', 'fixed_transfer']
+           'head_spec', 'train_heads', 'fixed_spec', 'head_result', 'fixed_transfer']
 
 # %% ../nbs/library/14_fixed_features.ipynb #706a2879
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from .artefacts import as_dict, atomic, spec_hash, stable_hash, write_json
 from .backbones import create_backbone, reset_head
 from .datasets import Augment
 from .evaluation import features, outcome
-from .finetune import FinetuneSpec, NonFiniteLoss
+from .finetune import FinetuneSpec, check_finite
 from .images import Images
 from .transfer import TransferSpec, load_bridge
 
@@ -163,17 +163,6 @@ def _optimiser(heads: list[list[nn.Parameter]], # H
     groups = [dict(params=head, lr=spec.lr) for head, spec in zip(heads, specs)]
     opt = torch.optim.SGD(groups, momentum=specs[0].momentum, weight_decay=specs[0].weight_decay)
     return opt, torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-
-# %% ../nbs/library/14_fixed_features.ipynb #88e6c4ec
-def check_finite(loss: float,
-                 what: str, # that is trained, for the message
-                 epoch: int, # from 1
-                 spec, # with lr and epochs
-                ) -> None:
-    "Raise an error for a training that went to infinity or NaN."
-    if np.isfinite(loss): return
-    raise NonFiniteLoss(f"The loss of {what} is {loss} in epoch {epoch} of {spec.epochs} "
-                        f"at learning rate {spec.lr}: choose a smaller one.")
 
 # %% ../nbs/library/14_fixed_features.ipynb #83020753
 def train_heads(x: np.ndarray, # (n, d) features
