@@ -39,6 +39,7 @@ class FinetuneSpec:
     weight_decay: float = 5e-4
     mixup: float = 0. # α of the Beta distribution; 0 is no mixup
     augment: Augment = Augment()
+    frozen: bool = False # the head alone is trained, on features of the images as they are
     version: int = 2 # of the method: a change of the loop's meaning bumps it
 
     def __post_init__(self):

@@ -5,35 +5,38 @@
 # %% auto #0
 __all__ = ['SWEEPS', 'FROM_REAL', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES', 'LISTED', 'MESSAGES', 'PAGES', 'Profile',
            'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'Sets', 'subset', 'strength', 'Specs', 'SetSpecs', 'web_images',
-           'Runs', 'Rates', 'is_resource', 'decides', 'Job', 'contents', 'set_jobs', 'set_manifests', 'sweep_jobs',
-           'other_jobs', 'Page', 'page_of', 'Study', 'near', 'command', 'job_command', 'page_command', 'resources',
-           'state', 'job_state', 'page_state', 'gather']
+           'Runs', 'Trainings', 'Choices', 'Tuning', 'is_resource', 'decides', 'Job', 'contents', 'set_jobs',
+           'set_manifests', 'sweep_jobs', 'other_jobs', 'Page', 'page_of', 'Study', 'near', 'command', 'job_command',
+           'page_command', 'resources', 'state', 'job_state', 'page_state', 'gather']
 
-# %% ../../nbs/study/02_grid.ipynb #6ee43e2c
+# %% ../../nbs/study/02_grid.ipynb #5af956c5
 import json
 import os
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 from ..artefacts import PACKAGE, code_hash, digest, read_json, spec_hash, stable_hash
-from ..backbones import backbone
+from ..backbones import is_vit
 from ..data.registry import dataset_info, load_dataset
-from ..datasets import Dataset, few_shot
+from ..datasets import Dataset, few_shot, hold_out
+from ..finetune import FinetuneSpec
 from ..generation import STRENGTHS, SynthesisSpec, synthesis_spec
 from ..images import Images, as_images
 from ..miniature.typeset import WEB, corpus
 from ..models import find_model
 from ..style_inversion import InversionSpec, inversion_spec, token_words
-from .records import job_name, job_path, read_jobs, read_rates, write_job
+from .records import job_name, job_path, read_choice, read_jobs, write_job
 from .settings import Settings, load_settings, read_ini
+from ..search import Axis
 from ..synthetic_sets import SyntheticSet
-from ..transfer import CONTROLS, PIPELINES, Recipe, Run, Task, TransferSpec, pipeline
+from ..transfer import CONTROLS, PIPELINES, Run, TransferSpec, pipeline, transfer_spec
 if TYPE_CHECKING: import pandas as pd
 
-# %% ../../nbs/study/02_grid.ipynb #a72b169d
+# %% ../../nbs/study/02_grid.ipynb #25dedb60
 class Profile:
     "The settings of a profile, and the folders that belong to it."
     def __init__(self, profile: str | Settings | None = None, # a section of settings.ini, or settings; its default
@@ -56,7 +59,7 @@ class Profile:
         top = f"{self.settings.runs}/figures" if apart else self.settings.figures
         return self.root/top/self.settings.profile
 
-# %% ../../nbs/study/02_grid.ipynb #58a51cd1
+# %% ../../nbs/study/02_grid.ipynb #217c2e8d
 def count(shots: int | str, # as in settings.ini
          ) -> int:
     "Real images per class, 0 for `full`."
@@ -75,7 +78,7 @@ def _architectures(s, dataset):
     way = "style" if dataset in s.arch_style_datasets else "single"
     return [Run(p, count(k), 0, s.more_images, way) for k in s.shots for p in s.arch_pipelines if p != "vanilla"]
 
-# %% ../../nbs/study/02_grid.ipynb #9b6fab47
+# %% ../../nbs/study/02_grid.ipynb #97c8c3d5
 def _style(s, dataset):
     by_class = s.class_shots if dataset in s.class_datasets else ()
     ways = {"single": s.style_shots, "untrained": s.style_shots, "style": s.style_shots, "class": by_class}
@@ -95,7 +98,7 @@ def _clip(s, dataset):
     ways = [(way, p) for way in ("single", "real_guidance") for p in ("mixed", "bridged")]
     return [Run(p, k, 0, s.sweep_images, way) for k in s.clip_shots for way, p in ways]
 
-# %% ../../nbs/study/02_grid.ipynb #63101952
+# %% ../../nbs/study/02_grid.ipynb #93291b1c
 @dataclass(frozen=True)
 class Sweep:
     "What a table or figure varies."
@@ -103,20 +106,21 @@ class Sweep:
     datasets: str = "datasets" # the setting that lists its datasets
     archs: str = "archs" # the setting that lists its backbones; "": CLIP alone
     rule: str = "transfer" # the notebook of nbs/jobs that makes its runs
+    few_seeds: str = "sweep_seeds" # the setting that lists the seeds of its few-shot runs; if that is empty, `seeds`
 
 SWEEPS = {
-    "core": Sweep(_core),
-    "shots": Sweep(_shots),
+    "core": Sweep(_core, few_seeds="few_seeds"),
+    "shots": Sweep(_shots, few_seeds="few_seeds"),
     "volume": Sweep(_volume, "volume_datasets"),
     "guidance": Sweep(_guidance, "guidance_datasets"),
     "style": Sweep(_style, "style_datasets"),
     "architectures": Sweep(_architectures, archs="more_archs"),
-    "controls": Sweep(_controls),
+    "controls": Sweep(_controls, few_seeds="few_seeds"),
     "fixed": Sweep(_fixed, "fixed_datasets", rule="fixed"),
     "clip": Sweep(_clip, "clip_datasets", archs="", rule="clip"),
 }
 
-# %% ../../nbs/study/02_grid.ipynb #504f9966
+# %% ../../nbs/study/02_grid.ipynb #147d8856
 class Grid(Profile):
     "The runs of a profile."
     @property
@@ -141,6 +145,11 @@ class Grid(Profile):
         key = SWEEPS[sweep].archs
         return tuple(self.settings.values[key]) if key else ("clip",)
 
+    def seeds_of(self, sweep: str, shots: int) -> tuple[int, ...]: # shots: 0 is all
+        "The seeds that a sweep repeats its runs with."
+        few = self.settings.values[SWEEPS[sweep].few_seeds]
+        return few if shots and few else self.settings.seeds
+
     def runs(self, sweep: str, dataset: str) -> list[Run]: # each once, by seed
         "The runs of a sweep on a dataset."
         s, runs = self.settings, []
@@ -149,14 +158,16 @@ class Grid(Profile):
             if sweep != "core" or "vanilla" in s.pipelines: runs.append(Run("vanilla", k, 0))
             runs += [r for r in varied if r.shots == k]
         if sweep != "guidance": runs = [replace(r, guidance=s.guidance) for r in runs]
-        return list(dict.fromkeys(_seeded(r, seed) for seed in s.seeds for r in runs))
+        seeds = {r: self.seeds_of(sweep, r.shots) for r in runs}
+        every = dict.fromkeys(seed for some in seeds.values() for seed in some)
+        return list(dict.fromkeys(_seeded(r, seed) for seed in every for r in runs if seed in seeds[r]))
 
 def _seeded(run: Run, seed: int) -> Run:
     "A run with a seed; without synthetic images, it does not say how they would be made."
     counted = run.uses or pipeline(run.pipeline).match_compute # equal compute counts images that it does not use
     return replace(run, seed=seed) if counted else Run(run.pipeline, run.shots, seed)
 
-# %% ../../nbs/study/02_grid.ipynb #9ba5b862
+# %% ../../nbs/study/02_grid.ipynb #ca4c54dc
 def _shared_by(run: Run) -> tuple[int | float | str | Run, ...]:
     "What runs that must stay together have in common."
     return (run.seed, run.per_class, run.synthesis, run.guidance) if run.uses else (run,)
@@ -171,7 +182,7 @@ def cut(runs: list[Run], # of a sweep
     for piece in sorted(pieces.values(), key=len, reverse=True): min(parts, key=len).extend(piece)
     return [sorted(part, key=runs.index) for part in parts]
 
-# %% ../../nbs/study/02_grid.ipynb #90be2867
+# %% ../../nbs/study/02_grid.ipynb #c380c93d
 FROM_REAL = ("style", "class", "real_guidance") # they depend on real images
 
 @dataclass(frozen=True)
@@ -182,7 +193,7 @@ class SetKey:
     shots: int # of the real images that it may depend on: 0 is all; 0 where it depends on none
     seed: int
 
-# %% ../../nbs/study/02_grid.ipynb #3ad65151
+# %% ../../nbs/study/02_grid.ipynb #bd962baf
 class Sets(Grid):
     "The synthetic sets of a profile's runs."
     def parts(self, runs: list[Run]) -> dict[str, list[Run]]: # such as "1of3" -> runs; parts without runs are left out
@@ -190,12 +201,18 @@ class Sets(Grid):
         n = self.settings.jobs_per_sweep
         return {f"{i}of{n}": part for i, part in enumerate(cut(runs, n), 1) if part}
 
+    def set_seed(self, seed: int) -> int:
+        "The seed of the synthetic set that a seed's runs take."
+        s = self.settings
+        if s.sets == 1: return s.seeds[0]
+        first = s.tuning_seeds[0] if seed in (*s.tuning_seeds, *s.few_tuning_seeds) else s.seeds[0]
+        return first + (seed - first) % s.sets
+
     def set_key(self, run: Run) -> SetKey | None: # None: the run uses no generated images
         "The set that a run takes its images from."
         if not run.uses or run.synthesis == "web": return None
         shots = run.shots if run.synthesis in FROM_REAL else 0
-        own = self.settings.set_per_seed or shots
-        return SetKey(run.synthesis, run.guidance, shots, run.seed if own else self.settings.seeds[0])
+        return SetKey(run.synthesis, run.guidance, shots, run.seed if shots else self.set_seed(run.seed))
 
     def group(self, run: Run, dataset: str) -> tuple[str, str] | None: # group; the vocabulary or dataset it belongs to
         "The group that a run's set is made in."
@@ -222,7 +239,7 @@ class Sets(Grid):
                 sets[key] = max(sets.get(key, 0), r.per_class)
         return found
 
-# %% ../../nbs/study/02_grid.ipynb #6d47715a
+# %% ../../nbs/study/02_grid.ipynb #b45c1d23
 def subset(data: Dataset, shots: int, seed: int) -> Images: # shots: 0 is all
     "The real training images that a run may see."
     return few_shot(data.train, shots, seed) if shots else data.train
@@ -232,7 +249,7 @@ def strength(shots: int, # 0 is all
     "Real Guidance's strength: He et al.'s for the nearest number of shots below that they give one for."
     return STRENGTHS[max(k for k in STRENGTHS if k <= (shots or max(STRENGTHS)))]
 
-# %% ../../nbs/study/02_grid.ipynb #d4afe655
+# %% ../../nbs/study/02_grid.ipynb #d99d7dc1
 class Specs(Sets):
     "The specs of a profile's runs and sets."
     @property
@@ -262,7 +279,7 @@ class Specs(Sets):
         if key.synthesis == "class": return known | dict(class_words=words)
         return known | dict(templates="style", style=words[0])
 
-# %% ../../nbs/study/02_grid.ipynb #222f804d
+# %% ../../nbs/study/02_grid.ipynb #398ed9c4
 class SetSpecs(Specs):
     "The specs of synthetic sets."
     def synthesis(self, data: Dataset, key: SetKey) -> SynthesisSpec:
@@ -277,7 +294,7 @@ class SetSpecs(Specs):
         how = dict(guidance=key.guidance, batch=s.generate_batch, seed=key.seed)
         return synthesis_spec(self.model, data.info.names, **shared, **how, **special)
 
-# %% ../../nbs/study/02_grid.ipynb #757f3301
+# %% ../../nbs/study/02_grid.ipynb #a808cba6
 WEB_VERSION = 1 # raise it when the renders change
 SHIPPED_NAMES = frozenset(WEB.values()) # the classes that the shipped model draws
 
@@ -294,20 +311,21 @@ def web_images(names: tuple[str, ...], # class names, by label; of digits or Gre
     labels = [label for label, part in enumerate(parts) for _ in part]
     return as_images([image for part in parts for image in part], labels, names)
 
-# %% ../../nbs/study/02_grid.ipynb #bf355051
+# %% ../../nbs/study/02_grid.ipynb #7a7c0735
 class Runs(SetSpecs):
     "What a run is made of: its images, its spec."
     def synthetic_hash(self, data: Dataset, run: Run) -> str: # "" if it uses none
         "What a run's synthetic images are called in its spec."
         if not run.uses: return ""
-        if run.synthesis == "web": return f"web-{stable_hash(WEB_VERSION, run.seed, *data.info.names):016x}"
+        if run.synthesis == "web": return f"web-{stable_hash(WEB_VERSION, self.set_seed(run.seed), *data.info.names):016x}"
         return spec_hash(self.synthesis(data, self.set_key(run)))
 
     def images(self, data: Dataset, run: Run, device: str = "cpu") -> Images | None: # device: to repair on
         "The synthetic images of a run; None if it uses none."
         if not run.uses: return None
         size = self.settings.stored_size
-        if run.synthesis == "web": return web_images(data.info.names, run.per_class, run.seed, size)
+        if run.synthesis == "web":
+            return web_images(data.info.names, run.per_class, self.set_seed(run.seed), size)
         folder = self.runs_dir/"synthetic"/self.synthetic_hash(data, run)
         if not (folder/"spec.json").exists():
             group, key = self.group(run, data.info.name)
@@ -324,41 +342,108 @@ class Runs(SetSpecs):
         found = made.verify(True, run.per_class, device=device, init_images=init_images)
         print("Made again: " + ", ".join(f"{name} ({why})" for name, why in found))
 
-    def recipe(self, arch: str) -> Recipe:
-        "The hyper-parameters of fine-tuning, with the batch and weight decay of the backbone's family."
+# %% ../../nbs/study/02_grid.ipynb #c48bb400
+class Trainings(Runs):
+    "How the runs of a profile are trained, given what is searched."
+    def axes(self, name: str, shots: int) -> dict[str, Axis]: # name: of a pipeline
+        "What is searched for a pipeline, the learning rate first."
+        s, p = self.settings, pipeline(name)
+        axes = {"lr": Axis(s.lrs, widens=len(s.lrs) > 1)}
+        if p.bridged: axes |= {"stage1_lr": Axis(s.stage1_lrs, widens=len(s.stage1_lrs) > 1),
+                               "stage1_epochs": Axis(s.stage1_epochs)}
+        if p.mixed: axes |= {"epochs": Axis(s.mixed_few_epochs if shots else s.mixed_epochs),
+                             "repeats": Axis(s.few_repeats if shots else s.repeats)}
+        return axes
+
+    def start(self, name: str, shots: int) -> dict[str, float]: # name: of a pipeline
+        "The values at which its search begins."
+        first = {axis: a.values[0] for axis, a in self.axes(name, shots).items()}
+        return first if self.settings.lr == "tuned" else first | {"lr": self.settings.lr}
+
+    def epochs(self, run: Run, values: dict[str, float], stage1_epochs: int, ratio: float) -> int:
+        "Of the stage that sees real images; ratio: synthetic images for each real one."
         s = self.settings
-        values = {f.name: s.values[f.name] for f in fields(Recipe)}
-        if "vit" in backbone(arch).timm_name: values |= dict(batch=s.vit_batch, weight_decay=s.vit_weight_decay)
-        return Recipe(**values)
+        if "epochs" in values: return int(values["epochs"])
+        epochs = s.few_epochs if run.shots else s.epochs
+        longer = pipeline(run.pipeline).match_compute
+        return epochs + ceil(stage1_epochs * ratio) if longer else epochs
 
-    def task(self, data: Dataset, arch: str) -> Task: # measured on the test images
-        "How the runs on a dataset are trained and measured."
-        return Task(data.info, data.train, data.test, arch, self.recipe(arch))
-
-# %% ../../nbs/study/02_grid.ipynb #b69243a0
-class Rates(Runs):
-    "The learning rates of a profile's runs."
+# %% ../../nbs/study/02_grid.ipynb #9d2dabbe
+class Choices(Trainings):
+    "The hyper-parameters that the search chose, and the specs that they complete."
     @property
-    def rates_path(self) -> Path: # of the whole study, also when it is narrowed
+    def tuned_path(self) -> Path: # of the whole study, also when it is narrowed
         "The table that `make tune` writes."
         return self.root/self.settings.figures/self.settings.profile/"tab5_learning_rates.csv"
 
-    def rates(self, dataset: str, arch: str, runs: list[Run]) -> dict[str, float]: # pipeline -> learning rate
-        "The rate of the stage that sees real images; 0 where there is none."
-        chosen_for = {r.pipeline: pipeline(r.pipeline).lr_from or r.pipeline for r in runs if pipeline(r.pipeline).real}
-        rates = dict.fromkeys(sorted(set(chosen_for.values())), self.settings.lr)
-        if self.settings.lr == "tuned": rates = read_rates(self.rates_path, dataset, arch, tuple(rates))
-        return {r.pipeline: rates[chosen_for[r.pipeline]] if r.pipeline in chosen_for else 0. for r in runs}
+    def choice(self, dataset: str, arch: str, run: Run) -> dict[str, float]: # by axis
+        "What was chosen for a run; a control has the values of the pipeline that it varies."
+        name = pipeline(run.pipeline).tuned_as or run.pipeline
+        start = self.start(name, run.shots)
+        if self.settings.lr != "tuned": return start
+        return read_choice(self.tuned_path, dataset, arch, name, run.shots, start)
 
-    def spec(self, data: Dataset, arch: str, run: Run) -> TransferSpec:
+    def stages(self, data: Dataset, arch: str, run: Run, values: dict[str, float],
+              ) -> tuple[FinetuneSpec, FinetuneSpec]: # stage 1, and the stage that sees real images
+        "Both trainings of a run, without mixup."
+        s = self.settings
+        batch, decay = (s.vit_batch, s.vit_weight_decay) if is_vit(arch) else (s.batch, s.weight_decay)
+        how = dict(batch=batch, momentum=s.momentum, weight_decay=decay, augment=data.info.augment)
+        bridge = self.start("bridged_pp", run.shots) | values
+        if pipeline(run.pipeline).match_compute:
+            bridge = self.choice(data.info.name, arch, replace(run, pipeline="bridged_pp"))
+        classes = len(data.info.names)
+        ratio = run.per_class * classes / (run.shots * classes or len(data.train))
+        length = int(bridge["stage1_epochs"])
+        epochs = self.epochs(run, values, length, ratio)
+        return FinetuneSpec(bridge["stage1_lr"], length, **how), FinetuneSpec(values["lr"], epochs, **how)
+
+    def spec(self, data: Dataset, arch: str, run: Run,
+             values: dict[str, float] | None = None, # of hyper-parameters, by axis; None: those that were chosen
+             split: str = "test", # or "validation"
+            ) -> TransferSpec:
         "All that decides a run's result."
-        rate = self.rates(data.info.name, arch, [run])[run.pipeline]
-        return self.task(data, arch).spec(run, rate, self.synthetic_hash(data, run))
+        values = values or self.choice(data.info.name, arch, run)
+        stages = self.stages(data, arch, run, values)
+        synthetic = self.synthetic_hash(data, run)
+        repeats = int(values.get("repeats", 1))
+        return transfer_spec(run, data, arch, stages, synthetic, self.settings.mixup, repeats=repeats, split=split)
 
-# %% ../../nbs/study/02_grid.ipynb #4ace13a0
+# %% ../../nbs/study/02_grid.ipynb #4d1a25b3
+class Tuning(Choices):
+    "The search for hyper-parameters."
+    def tuned_cells(self, dataset: str, arch: str) -> list[tuple[str, int]]: # pipeline and shots; full-shot first
+        "What hyper-parameters are chosen for, on a dataset with a backbone."
+        sweeps = [k for k in SWEEPS if SWEEPS[k].rule != "clip" and arch in self.archs_of(k)
+                  and dataset in self.datasets_of(k)]
+        runs = {r for k in sweeps for r in self.runs(k, dataset)}
+        cells = {(pipeline(r.pipeline).tuned_as or r.pipeline, r.shots) for r in runs}
+        core = [count(k) for k in self.settings.shots]
+        def order(cell): return list(PIPELINES).index(cell[0]), cell[1] not in core, cell[1]
+        return sorted(cells, key=order)
+
+    def searched(self, name: str, shots: int, arch: str) -> dict[str, Axis]: # name: of a pipeline
+        "The axes of a search."
+        axes = self.axes(name, shots)
+        whole = arch in self.archs and shots in map(count, self.settings.shots)
+        return {k: a for k, a in axes.items() if k == "lr" or whole and len(a.values) > 1}
+
+    def held_out(self, data: Dataset, seed: int) -> Dataset: # its test images are validation images
+        "The training images in two parts, one to fit and one to validate."
+        return Dataset(data.info, *hold_out(data.train, self.settings.validation, seed))
+
+    def tuning_seeds(self, shots: int) -> tuple[int, ...]:
+        "The seeds of a search, none of which a result uses."
+        s = self.settings
+        seeds = s.few_tuning_seeds if shots else s.tuning_seeds
+        if used := {*seeds} & {*s.seeds, *s.few_seeds, *s.sweep_seeds}:
+            raise ValueError(f"Seed {min(used)} is one of the study's: choose other tuning_seeds in settings.ini.")
+        return seeds
+
+# %% ../../nbs/study/02_grid.ipynb #a72f6873
 PATHS = ("profile", "runs", "figures", "data")
 RESOURCES = ("gpu", "cores", "memory", "hours", "jobs_per_sweep") # and `generate_hours`, `core_memory` and the like
-LISTED = ("datasets", "archs", "more_archs", "pipelines", "arch_pipelines", "seeds", "shots", "few_shots",
+LISTED = ("datasets", "archs", "more_archs", "pipelines", "arch_pipelines", "seeds", "few_seeds", "sweep_seeds", "shots", "few_shots",
           "style_shots", "class_shots", "clip_shots", "images", "sweep_images", "more_images", "mixed_images",
           "volumes", "guidances")
 
@@ -369,7 +454,7 @@ def decides(key: str, # of a setting
     "Whether a result can depend on a setting beyond the runs that it lists."
     return not (key in PATHS or key in LISTED or key.endswith("_datasets") or is_resource(key))
 
-# %% ../../nbs/study/02_grid.ipynb #c13debf8
+# %% ../../nbs/study/02_grid.ipynb #1ae51022
 @dataclass(frozen=True)
 class Job:
     "One call of a job notebook."
@@ -398,8 +483,8 @@ def contents(dataset: str, # a name of the registry, or a folder of the user's
     stats = [(p, p.stat()) for p in sorted(Path(dataset).rglob("*")) if p.is_file()]
     return stable_hash(*((p, s.st_size, s.st_mtime_ns) for p, s in stats))
 
-# %% ../../nbs/study/02_grid.ipynb #dfa47a59
-def set_jobs(study: Rates) -> list[Job]:
+# %% ../../nbs/study/02_grid.ipynb #0baeec76
+def set_jobs(study: Tuning) -> list[Job]:
     "Learned tokens, and the images of each group of sets."
     jobs = []
     for (group, key), sets in study.all_sets.items():
@@ -415,15 +500,15 @@ def set_jobs(study: Rates) -> list[Job]:
         jobs.append(Job("generate", "generate", name, message, dict(group=group, key=key), inputs, about))
     return jobs
 
-def set_manifests(study: Rates, sweep: str, dataset: str) -> tuple[str, ...]:
+def set_manifests(study: Tuning, sweep: str, dataset: str) -> tuple[str, ...]:
     "What the jobs leave that generate the images of a sweep's runs."
     return tuple(f"generate/{group}-{job_name(key)}" for group, key in study.groups(sweep, dataset))
 
-# %% ../../nbs/study/02_grid.ipynb #e8ccd146
+# %% ../../nbs/study/02_grid.ipynb #a3971908
 MESSAGES = {"transfer": "Fine-tuning {arch} on {dataset}: {sweep}", "clip": "Tuning CLIP on {dataset}",
             "fixed": "Training heads on fixed features of {dataset} on {arch}"}
 
-def sweep_jobs(study: Rates, sweep: str, dataset: str, arch: str) -> list[Job]:
+def sweep_jobs(study: Tuning, sweep: str, dataset: str, arch: str) -> list[Job]:
     "The job of a sweep on a dataset with a backbone, or its parts."
     rule = SWEEPS[sweep].rule
     name = job_path("", "", dataset, arch).stem
@@ -439,9 +524,9 @@ def sweep_jobs(study: Rates, sweep: str, dataset: str, arch: str) -> list[Job]:
     parts = study.parts(runs)
     return [replace(whole, part=part, parameters=parameters | dict(part=part)) for part in parts]
 
-# %% ../../nbs/study/02_grid.ipynb #c521d977
-def other_jobs(study: Rates) -> list[Job]:
-    "Alignment of images, transferability of backbones, and the search for learning rates."
+# %% ../../nbs/study/02_grid.ipynb #1d29cc36
+def other_jobs(study: Tuning) -> list[Job]:
+    "Alignment of images, transferability of backbones, and the search for hyper-parameters."
     jobs, s = [], study.settings
     for d in study.datasets_of("style"):
         about = (repr(study.runs("style", d)), contents(d))
@@ -455,12 +540,12 @@ def other_jobs(study: Rates) -> list[Job]:
         parameters = dict(dataset=d, arch=arch)
         jobs.append(Job("transferability", "transferability", name, message, parameters, (f"core/{name}",), about))
     for arch, d in [(arch, d) for arch in study.all_archs for d in study.datasets]:
-        about = (s.pipelines if arch in s.archs else s.arch_pipelines, s.images, s.seeds[0], contents(d))
-        message = f"Trying learning rates for {arch} on {d}"
+        about = (study.tuned_cells(d, arch), s.images, s.seeds[0], contents(d))
+        message = f"Choosing hyper-parameters for {arch} on {d}"
         jobs.append(Job("tune", "tune", job_path("", "", d, arch).stem, message, dict(dataset=d, arch=arch), (), about))
     return jobs
 
-# %% ../../nbs/study/02_grid.ipynb #f237c50f
+# %% ../../nbs/study/02_grid.ipynb #48498b5e
 @dataclass(frozen=True)
 class Page:
     "A table or figure of the study."
@@ -474,7 +559,7 @@ class Page:
     def leaves(self) -> tuple[str, ...]:
         return self.files or tuple(f"{self.name}.{kind}" for kind in ("csv", "png", "pdf"))
 
-# %% ../../nbs/study/02_grid.ipynb #b20075aa
+# %% ../../nbs/study/02_grid.ipynb #973bf4fc
 PAGES = (
     Page("tab1_leep", ("transferability",), core=True), Page("tab2_pipelines", ("core",), core=True),
     Page("fig03_convergence", ("core",), core=True), Page("fig10_examples", ("generate/single",), core=True),
@@ -492,7 +577,7 @@ PAGES = (
     Page("control_inversion", ("style", "alignment")), Page("control_distance", ("alignment",)),
 )
 
-# %% ../../nbs/study/02_grid.ipynb #e734ccba
+# %% ../../nbs/study/02_grid.ipynb #267ba3b6
 def page_of(table: str, # the name of a table, such as "fig04_few_shot_change"
            ) -> Page:
     "The page that makes a table."
@@ -500,8 +585,8 @@ def page_of(table: str, # the name of a table, such as "fig04_few_shot_change"
     if not found: raise ValueError(f"No page makes the table {table}: there are {', '.join(p.name for p in PAGES)}.")
     return max(found, key=lambda p: len(p.name))
 
-# %% ../../nbs/study/02_grid.ipynb #d41abcad
-class Study(Rates):
+# %% ../../nbs/study/02_grid.ipynb #57531bb0
+class Study(Tuning):
     "One profile of the study."
     @cached_property
     def _jobs(self) -> tuple[Job, ...]:
@@ -534,7 +619,7 @@ class Study(Rates):
         made_by = {"core": "make study", "transferability": "make study", "tune": "make tune"}
         return read_jobs(self.runs_dir, folder, datasets, archs, made_by.get(folder, "make paper"))
 
-# %% ../../nbs/study/02_grid.ipynb #c3eaa81e
+# %% ../../nbs/study/02_grid.ipynb #ff879e4f
 def _options(parameters: dict[str, str]) -> str:
     "`-p name value` for each parameter that is not empty."
     return " ".join(f"-p {k} {shlex.quote(v)}" for k, v in parameters.items() if v)
@@ -549,7 +634,7 @@ def command(study: Study, notebook: str, title: str, parameters: dict[str, str],
     executed = f"{near(study.runs_dir)}/notebooks/{title}.ipynb"
     return f"papermill --engine ipc --no-progress-bar {notebook} {executed} {_options(given)}"
 
-# %% ../../nbs/study/02_grid.ipynb #d97f5eb5
+# %% ../../nbs/study/02_grid.ipynb #269bd952
 def job_command(study: Study, job: Job) -> str:
     "How papermill runs a job, which draws nothing and finds its learning rates with those of the whole study."
     inner = {k: v for k, v in study.overrides.items() if k != "figures" and not is_resource(k)}
@@ -560,14 +645,14 @@ def page_command(study: Study, page: Page) -> str:
     apart = dict(figures=f"{study.settings.runs}/figures") if study.overrides else {}
     return command(study, f"nbs/paper/{page.name}.ipynb", page.name, {}, apart | study.overrides)
 
-# %% ../../nbs/study/02_grid.ipynb #88bb7222
+# %% ../../nbs/study/02_grid.ipynb #119f4821
 def resources(study: Study, rule: str, sweep: str = "") -> dict[str, int]: # GPUs, MB, minutes
     "Resources requested per job: `volume_hours` overrides `transfer_hours`, and that overrides `hours`."
     values = study.settings.values
     def setting(what): return next(values[k] for k in (f"{sweep}_{what}", f"{rule}_{what}", what) if k in values)
     return dict(gpu=int(setting("gpu")), mem_mb=int(1000 * setting("memory")), runtime=int(60 * setting("hours")))
 
-# %% ../../nbs/study/02_grid.ipynb #94edf7e5
+# %% ../../nbs/study/02_grid.ipynb #0d7b9682
 @cache
 def _code(notebook: str) -> str: return code_hash(notebook)
 
@@ -577,18 +662,18 @@ def state(study: Study, notebook: str, *about) -> int: # notebook: its path
     shipped = digest(PACKAGE/"weights") if study.settings.model == "miniature" else ""
     return stable_hash(_code(notebook), json.dumps(settings), shipped, *about)
 
-# %% ../../nbs/study/02_grid.ipynb #41691f2d
+# %% ../../nbs/study/02_grid.ipynb #e282200c
 def job_state(study: Study, job: Job) -> int:
     "A job's state; that of fine-tuning has the learning rates in it."
     rates = ""
     if job.rule == "transfer" and study.settings.lr == "tuned":
-        if not study.rates_path.exists():
+        if not study.tuned_path.exists():
             advice = f"run `make tune PROFILE={study.settings.profile}` first, or set `lr` in settings.ini"
-            raise FileNotFoundError(f"{near(study.rates_path)} is missing: {advice}.")
-        rates = digest(study.rates_path)
+            raise FileNotFoundError(f"{near(study.tuned_path)} is missing: {advice}.")
+        rates = digest(study.tuned_path)
     return state(study, f"nbs/jobs/{job.rule}.ipynb", rates, *job.about)
 
-# %% ../../nbs/study/02_grid.ipynb #31807dcd
+# %% ../../nbs/study/02_grid.ipynb #9f7c48fb
 def _every_setting(study: Study) -> str:
     "All profiles as text, without resources."
     path, _, profiles = read_ini(study.root/"settings.ini")
@@ -601,13 +686,15 @@ def page_state(study: Study, page: Page) -> int:
     printed = digest(study.root/"figures"/"published.csv")
     return state(study, f"nbs/paper/{page.name}.ipynb", printed, _every_setting(study) if page.every_setting else "")
 
-# %% ../../nbs/study/02_grid.ipynb #7f0bf19b
+# %% ../../nbs/study/02_grid.ipynb #ccbe97cb
 def gather(study: Study, sweep: str, dataset: str, arch: str) -> Path: # of the manifest
     "Join the manifests of a sweep's parts."
     runs = study.runs(sweep, dataset)
-    found = {}
+    found, gaps = {}, []
     path = job_path(study.runs_dir, sweep, dataset, arch)
     for part, some in study.parts(runs).items():
-        listed = read_json(path.with_suffix(f".{part}.json"))["records"]
-        found |= dict(zip(some, listed, strict=True))
-    return write_job(path, [study.runs_dir/found[run] for run in runs])
+        manifest = read_json(path.with_suffix(f".{part}.json"))
+        gaps += manifest["gaps"]
+        have = [run for run in some if not any(asdict(run).items() <= gap.items() for gap in manifest["gaps"])]
+        found |= dict(zip(have, manifest["records"], strict=True))
+    return write_job(path, [study.runs_dir/found[run] for run in runs if run in found], gaps)
