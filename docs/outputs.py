@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from base64 import b64decode, b64encode
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from tempfile import gettempdir
@@ -140,7 +141,7 @@ def link_figures(cell: NotebookNode, # executed; changed in place
                  figures: Path, # folder of the committed figures
                  about: str, # what a cell's pictures show
                 ) -> None:
-    "Beside each picture, a link to its committed figure: the site shows that one, GitHub the small copy that is stored."
+    "Beside each picture, a link to its committed figure: the site shows that one, GitHub the small stored copy."
     pictures = [o for o in cell.outputs if "image/png" in o.get("data", {})]
     names = saved_figures(cell.source)
     if len(names) != len(pictures): return
@@ -166,10 +167,17 @@ def origin(run: dict, # papermill's metadata
     return new_output("display_data", {"text/markdown": f"*Outputs: {said}.*"})
 
 
+def seeds_of(settings: Mapping[str, object]) -> str: # such as "seeds 0 to 3, few-shot seeds 0 to 11"
+    "The seeds that results are of."
+    kinds = {"seeds": "seeds", "few_seeds": "few-shot seeds", "sweep_seeds": "seeds of sweeps"}
+    def span(v): return f"{v[0]} to {v[-1]}" if list(v) == list(range(v[0], v[-1] + 1)) else " ".join(map(str, v))
+    return ", ".join(f"{text} {span(settings[k])}" for k, text in kinds.items() if settings.get(k))
+
+
 def store_page(path: Path, # in nbs/paper
                executed: Path, # as papermill left it
                figures: Path, # folder of the committed figures
-               seeds: str, # such as "seeds 0 1 2"
+               seeds: str, # as from `seeds_of`
                machine: str,
               ) -> list[str]: # what could not be stored, a sentence each
     "Store the outputs of the last run of a page of the paper."
@@ -198,7 +206,7 @@ def store_paper(profile: str | None) -> list[str]: # what could not be stored, a
     where = machine("cuda" if is_available() else "cpu") # as jobs choose
     if not study.figures_dir.is_relative_to(ROOT/"figures"):
         raise SystemExit(f"The figures of the profile {study.settings.profile} are not committed: choose another.")
-    seeds = f"seeds {' '.join(map(str, study.settings.seeds))}"
+    seeds = seeds_of(study.settings.values)
     found = []
     for page in study.pages():
         executed = study.runs_dir/f"notebooks/{page.name}.ipynb"

@@ -111,6 +111,11 @@ def test_nothing_is_stored_of_another_run(folder):
     assert missing == ["page.ipynb: this profile has not run it."]
 
 
+def test_seeds_in_words():
+    settings = {"seeds": (0, 1, 2, 3), "few_seeds": (0, 2), "sweep_seeds": (), "tuning_seeds": (100,)}
+    assert OUTPUTS["seeds_of"](settings) == "seeds 0 to 3, few-shot seeds 0 2"
+
+
 def test_outputs_of_a_profile_whose_figures_are_ignored_are_not_stored():
     done = subprocess.run([sys.executable, "docs/outputs.py", "--paper", "smoke"], cwd=ROOT, env=ENV,
                           capture_output=True, text=True)
@@ -148,7 +153,7 @@ def texts(cell):
 def test_stored_pages_say_what_they_are_of(notebook):
     code = cells(notebook)
     line = texts(code[0])[0]
-    assert re.fullmatch(r"\*Outputs: profile \w+, seeds [\d ]+, \d{4}-\d\d-\d\d, .+\.\*", line), line
+    assert re.fullmatch(r"\*Outputs: profile \w+, seeds \d.*, \d{4}-\d\d-\d\d, .+\.\*", line), line
     for cell in code:
         assert len(json.dumps(cell["outputs"], ensure_ascii=False).encode()) <= OUTPUTS["LIMIT"]
         assert not [o for o in cell["outputs"] if o["output_type"] == "error" or o.get("name") == "stderr"]
