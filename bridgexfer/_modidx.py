@@ -34,6 +34,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'bridgexfer.artefacts.canonical': ('library/artefacts.html#canonical', 'bridgexfer/artefacts.py'),
                                       'bridgexfer.artefacts.code_hash': ('library/artefacts.html#code_hash', 'bridgexfer/artefacts.py'),
                                       'bridgexfer.artefacts.digest': ('library/artefacts.html#digest', 'bridgexfer/artefacts.py'),
+                                      'bridgexfer.artefacts.found_or_made': ( 'library/artefacts.html#found_or_made',
+                                                                              'bridgexfer/artefacts.py'),
                                       'bridgexfer.artefacts.provenance': ('library/artefacts.html#provenance', 'bridgexfer/artefacts.py'),
                                       'bridgexfer.artefacts.read_json': ('library/artefacts.html#read_json', 'bridgexfer/artefacts.py'),
                                       'bridgexfer.artefacts.spec_hash': ('library/artefacts.html#spec_hash', 'bridgexfer/artefacts.py'),

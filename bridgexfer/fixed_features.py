@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from .artefacts import as_dict, atomic, spec_hash, stable_hash, write_json
+from .artefacts import atomic, found_or_made, spec_hash, stable_hash
 from .backbones import create_backbone, reset_head
 from .datasets import Augment
 from .evaluation import features, outcome
@@ -40,15 +40,15 @@ def cached_features(root: str | Path, # features are kept in folders below
                     make: Callable[[], np.ndarray], # gives (n, d); called only if no features are found
                    ) -> np.ndarray: # (n, d) float32, read-only, mapped from the disk
     "Compute features, or find those that were computed before."
-    folder = Path(root)/spec_hash(spec)
-    if not (folder/"features.json").exists():
+    def build(folder):
         started = time()
         x = np.asarray(make(), np.float32)
         if x.ndim != 2 or not np.isfinite(x).all():
             raise ValueError(f"Features of {spec.arch} must be a finite table (n, d), "
                              f"got {x.shape} with {(~np.isfinite(x)).sum()} values that are not finite.")
         with atomic(folder/"features.npy") as part, open(part, "wb") as f: np.save(f, x)
-        write_json(folder/"features.json", dict(spec=as_dict(spec), shape=x.shape, seconds=round(time() - started, 2)))
+        return dict(shape=x.shape, seconds=round(time() - started, 2))
+    folder = found_or_made(root, spec, "features.json", build)
     try: return np.load(folder/"features.npy", mmap_mode="r")
     except (OSError, ValueError) as e:
         raise ValueError(f"{folder} holds no whole table of features ({e}): delete it and run again.") from None
