@@ -577,7 +577,8 @@ PAGES = (
     Page("tab6_fixed_features", ("fixed",)), Page("tab7_clip", ("clip",)),
     Page("transferability_ranks", ("transferability", "core")), Page("control_compute", ("controls",)),
     Page("control_regularisers", ("controls",)), Page("control_synthetic", ("controls", "shots")),
-    Page("control_mixing", ("controls",)), Page("control_retrieval", ("controls",)),
+    Page("control_labels", ("controls",)), Page("control_mixing", ("controls",)),
+    Page("control_retrieval", ("controls",)),
     Page("control_inversion", ("style", "alignment")), Page("control_distance", ("alignment",)),
 )
 
