@@ -26,7 +26,7 @@ SOURCES = ("paper", "assumed", "tuned")
 LISTS = ("datasets", "archs", "pipelines", "shots", "seeds", "lrs", "few_shots", "volumes", "volume_datasets",
          "guidances", "guidance_datasets", "style_datasets", "style_shots", "class_datasets", "class_shots",
          "mixed_images", "more_archs", "arch_pipelines", "arch_style_datasets", "fixed_datasets", "clip_datasets",
-         "clip_shots")
+         "clip_shots", "clip_lrs")
 
 def parse(text: str) -> int | float | str:
     "A word as the number it spells, or as itself."
