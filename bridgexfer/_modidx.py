@@ -104,6 +104,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'bridgexfer.clip_tuning.deal': ('library/clip_tuning.html#deal', 'bridgexfer/clip_tuning.py'),
                                         'bridgexfer.clip_tuning.embed_images': ( 'library/clip_tuning.html#embed_images',
                                                                                  'bridgexfer/clip_tuning.py'),
+                                        'bridgexfer.clip_tuning.head_loss': ( 'library/clip_tuning.html#head_loss',
+                                                                              'bridgexfer/clip_tuning.py'),
                                         'bridgexfer.clip_tuning.image_embeddings': ( 'library/clip_tuning.html#image_embeddings',
                                                                                      'bridgexfer/clip_tuning.py'),
                                         'bridgexfer.clip_tuning.load_clip': ( 'library/clip_tuning.html#load_clip',
