@@ -13,6 +13,7 @@ RESULT   ?= # a row of a table, for `make provenance`
 SET      ?= # any other settings, as in SET="lr=0.01 guidance=5"
 DEVICE   ?= cpu # of `make bench`: cpu, cuda
 PORT     ?= 8000
+PAPER    ?= # 1: of the paper's pages, for `make outputs`
 ARGS     ?= # more for pytest, as in ARGS="-k digits"
 SNAKEMAKE_ARGS ?= # more for snakemake, as in SNAKEMAKE_ARGS="--default-resources slurm_partition=gpu slurm_account=me"
 
@@ -77,8 +78,8 @@ docs-serve: docs ## show the site on localhost, at PORT=8000
 readme: $(STAMP) ## write README.md from nbs/index.ipynb
 	@$(RUN) python docs/readme.py
 
-outputs: $(STAMP) ## execute the tour and the library's notebooks, and store what they show (10 minutes on two cores)
-	@$(RUN) OMP_NUM_THREADS=1 python docs/outputs.py
+outputs: $(STAMP) ## execute the tour and the library's notebooks, and store what they show (10 minutes); PAPER=1 stores what `make paper` left
+	@$(RUN) OMP_NUM_THREADS=1 python docs/outputs.py $(if $(strip $(PAPER)),--paper $(PROFILE))
 
 # What a machine measures: at miniature scale on a CPU, at the models' own sizes on a GPU.
 cpu_generation       = -p images 64 -p batch 64 -p steps 25 -p rounds 3

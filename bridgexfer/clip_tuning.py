@@ -8,7 +8,7 @@ __all__ = ['CLIP_PIPELINES', 'Clip', 'load_clip', 'embed_images', 'image_embeddi
 
 # %% ../nbs/library/15_clip_tuning.ipynb #f707bc43
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants
 from torch import nn
 from tqdm.auto import tqdm
 from .artefacts import stable_hash, unhashed
-from .fixed_features import FeatureSpec, Head, cached_features, check_finite, head_result, to_head, to_layer
+from .finetune import check_finite
+from .fixed_features import FeatureSpec, Head, cached_features, head_result, to_head, to_layer
 from .images import Images
-from .models import SHIPPED, find_model, find_weights
+from .models import SHIPPED, find_model, find_weights, quiet, unopened
 from .prompts import templates
 if TYPE_CHECKING: from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer # imported where it is needed
 
@@ -62,40 +62,18 @@ def _parts(place: str, # folder or id
     if info["missing_keys"]: raise OSError(f"weights are missing, {sorted(info['missing_keys'])[0]} among them")
     return model, CLIPTokenizer.from_pretrained(place, **where), _processor(place, shipped, model, where)
 
-# %% ../nbs/library/15_clip_tuning.ipynb #2ced66df
-def _cannot_open(name: str, # as it was asked for
-                 folder: Path | None, # None: from the hub
-                 e: Exception, # of transformers
-                ) -> OSError:
-    "Why a CLIP cannot be opened, and what to do."
-    if folder: return OSError(f"{folder} is not a whole CLIP: {str(e).splitlines()[0]}")
-    hub = "did not give it (HF_HUB_OFFLINE=1 would skip asking)"
-    if constants.HF_HUB_OFFLINE: hub = "was not asked because HF_HUB_OFFLINE is set"
-    return OSError(f"Cannot open the CLIP {name!r}: there is no folder of this name, it is not whole (as safetensors) "
-                   f"in the cache {constants.HF_HUB_CACHE}, and the hub {hub}.")
-
-# %% ../nbs/library/15_clip_tuning.ipynb #14413eb6
-@contextmanager
-def _progress_bar(wanted: bool):
-    "With transformers' progress bar, or without; afterwards as before."
-    from transformers.utils import logging
-    before = logging.is_progress_bar_enabled()
-    if not wanted: logging.disable_progress_bar()
-    try: yield
-    finally:
-        if before: logging.enable_progress_bar()
-
 # %% ../nbs/library/15_clip_tuning.ipynb #311f47e3
 def load_clip(name: str, # as in `find_model`
               device: str = "cpu",
              ) -> Clip:
     "Open a CLIP for embedding, in 32 bits, with all parameters frozen."
-    folder, id, revision = find_model(name, "clip")
-    where = {} if folder else dict(revision=revision)
+    location = find_model(name, "clip")
+    place = str(location.folder or location.name)
+    where = {} if location.folder else dict(revision=location.revision)
     try:
-        with _progress_bar(wanted=not folder):
-            model, tokenizer, processor = _parts(str(folder or id), str(name) == SHIPPED, where)
-    except (OSError, ValueError) as e: raise _cannot_open(name, folder, e) from None
+        with quiet("transformers") if location.folder else nullcontext():
+            model, tokenizer, processor = _parts(place, str(name) == SHIPPED, where)
+    except (OSError, ValueError) as e: raise unopened(name, "clip", location, e) from None
     return Clip(model.to(device).eval().requires_grad_(False), tokenizer, processor, find_weights(name, "clip"))
 
 # %% ../nbs/library/15_clip_tuning.ipynb #928321dc

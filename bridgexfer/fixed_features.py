@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'FIXED_PIPELINES', 'FeatureSpec', 'cached_features', 'Head', 'to_head', 'head_of', 'head_predict', 'to_layer',
-           'head_spec', 'check_finite', 'train_heads', 'fixed_spec', 'head_result', 'fixed_transfer']
+           'head_spec', 'train_heads', 'fixed_spec', 'head_result', 'fixed_transfer']
 
 # %% ../nbs/library/14_fixed_features.ipynb #706a2879
 from collections.abc import Callable
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from .artefacts import as_dict, atomic, spec_hash, stable_hash, write_json
+from .artefacts import atomic, found_or_made, spec_hash, stable_hash
 from .backbones import create_backbone, reset_head
 from .datasets import Augment
 from .evaluation import features, outcome
-from .finetune import FinetuneSpec, NonFiniteLoss
+from .finetune import FinetuneSpec, check_finite
 from .images import Images
 from .transfer import TransferSpec, load_bridge
 
@@ -40,15 +40,15 @@ def cached_features(root: str | Path, # features are kept in folders below
                     make: Callable[[], np.ndarray], # gives (n, d); called only if no features are found
                    ) -> np.ndarray: # (n, d) float32, read-only, mapped from the disk
     "Compute features, or find those that were computed before."
-    folder = Path(root)/spec_hash(spec)
-    if not (folder/"features.json").exists():
+    def build(folder):
         started = time()
         x = np.asarray(make(), np.float32)
         if x.ndim != 2 or not np.isfinite(x).all():
             raise ValueError(f"Features of {spec.arch} must be a finite table (n, d), "
                              f"got {x.shape} with {(~np.isfinite(x)).sum()} values that are not finite.")
         with atomic(folder/"features.npy") as part, open(part, "wb") as f: np.save(f, x)
-        write_json(folder/"features.json", dict(spec=as_dict(spec), shape=x.shape, seconds=round(time() - started, 2)))
+        return dict(shape=x.shape, seconds=round(time() - started, 2))
+    folder = found_or_made(root, spec, "features.json", build)
     try: return np.load(folder/"features.npy", mmap_mode="r")
     except (OSError, ValueError) as e:
         raise ValueError(f"{folder} holds no whole table of features ({e}): delete it and run again.") from None
@@ -163,17 +163,6 @@ def _optimiser(heads: list[list[nn.Parameter]], # H
     groups = [dict(params=head, lr=spec.lr) for head, spec in zip(heads, specs)]
     opt = torch.optim.SGD(groups, momentum=specs[0].momentum, weight_decay=specs[0].weight_decay)
     return opt, torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-
-# %% ../nbs/library/14_fixed_features.ipynb #88e6c4ec
-def check_finite(loss: float,
-                 what: str, # that is trained, for the message
-                 epoch: int, # from 1
-                 spec, # with lr and epochs
-                ) -> None:
-    "Raise an error for a training that went to infinity or NaN."
-    if np.isfinite(loss): return
-    raise NonFiniteLoss(f"The loss of {what} is {loss} in epoch {epoch} of {spec.epochs} "
-                        f"at learning rate {spec.lr}: choose a smaller one.")
 
 # %% ../nbs/library/14_fixed_features.ipynb #83020753
 def train_heads(x: np.ndarray, # (n, d) features

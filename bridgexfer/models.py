@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SHIPPED', 'PRECISIONS', 'LICENCES', 'OPENRAIL', 'TOKENS_FILE', 'Location', 'find_model', 'commit_of',
-           'find_weights', 'load_pipeline', 'licence_of', 'notice', 'read_tokens', 'load_token']
+           'find_weights', 'quiet', 'unopened', 'load_pipeline', 'licence_of', 'notice', 'read_tokens', 'load_token']
 
 # %% ../nbs/library/04_models.ipynb #53f1ec48
 import re
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 import torch
@@ -72,11 +73,10 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 # %% ../nbs/library/04_models.ipynb #84c371fd
 @contextmanager
-def _quiet():
-    "No progress bars while weights are read from disk."
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-    loud = [log for log in (of_diffusers, of_transformers) if log.is_progress_bar_enabled()]
+def quiet(*libraries: str): # "diffusers", "transformers"
+    "No progress bars while weights are read from disk; afterwards as before."
+    logs = [import_module(f"{name}.utils.logging") for name in libraries]
+    loud = [log for log in logs if log.is_progress_bar_enabled()]
     for log in loud: log.disable_progress_bar()
     try: yield
     finally:
@@ -90,17 +90,22 @@ def _open(location: Location, dtype: torch.dtype) -> "diffusers.DiffusionPipelin
     options = {"revision": location.revision} if location.revision else {}
     config = DiffusionPipeline.load_config(place, **options)
     if "safety_checker" in config: options |= dict(safety_checker=None, requires_safety_checker=False)
-    with _quiet() if location.folder else nullcontext():
+    with quiet("diffusers", "transformers") if location.folder else nullcontext():
         return DiffusionPipeline.from_pretrained(place, dtype=dtype, use_safetensors=True, **options)
 
 # %% ../nbs/library/04_models.ipynb #c7d46085
-def _unopened(model: str, location: Location, error: OSError) -> str:
-    "Why a pipeline could not be opened, in one line."
-    if location.folder: return f"{location.folder} is not a whole diffusers pipeline: {str(error).splitlines()[0]}"
+def unopened(model: str, # as it was asked for
+             kind: str, # a name in KINDS
+             location: Location,
+             error: Exception, # of diffusers or transformers
+            ) -> OSError:
+    "Why a model cannot be opened, and what to do, in one line."
+    what = KINDS[kind][0]
+    if location.folder: return OSError(f"{location.folder} is not a whole {what}: {str(error).splitlines()[0]}")
     hub = "gave no answer (HF_HUB_OFFLINE=1 would skip asking)"
     if constants.HF_HUB_OFFLINE: hub = "was not asked because HF_HUB_OFFLINE is set"
-    return (f"Cannot open the text-to-image model {model!r}: there is no folder of this name, "
-            f"it is not whole in the cache {constants.HF_HUB_CACHE}, and the hub {hub}.")
+    return OSError(f"Cannot open the {what} {model!r}: there is no folder of this name, it is not whole "
+                   f"(as safetensors) in the cache {constants.HF_HUB_CACHE}, and the hub {hub}.")
 
 # %% ../nbs/library/04_models.ipynb #3faeec15
 def load_pipeline(model: str, # "miniature", a folder, "id" or "id@revision"
@@ -112,7 +117,7 @@ def load_pipeline(model: str, # "miniature", a folder, "id" or "id@revision"
         raise ValueError(f"Unknown precision {precision!r}: choose {', '.join(PRECISIONS)}.")
     location = find_model(model)
     try: pipe = _open(location, PRECISIONS[precision])
-    except OSError as e: raise OSError(_unopened(model, location, e)) from None
+    except OSError as e: raise unopened(model, "pipeline", location, e) from None
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
     networks = [getattr(pipe, name, None) for name in ("unet", "vae")]

@@ -13,16 +13,16 @@ __all__ = ['TOKENS', 'AUTOCAST', 'INVERSION_VERSION', 'InversionSpec', 'check_in
 import copy, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from tqdm.auto import tqdm
-from .artefacts import atomic, provenance, spec_hash, stable_hash, write_json
+from .artefacts import STATE, atomic, found_or_made, provenance, spec_hash, stable_hash
 from .generation import check_choice, check_whole, embed, encode, make_scheduler
 from .images import Images
 from .models import SHIPPED, TOKENS_FILE, find_weights, load_pipeline
@@ -396,8 +396,8 @@ def save_tokens(spec: InversionSpec,
                 state: dict[str, torch.Tensor], # after the last step
                 device: torch.device, # that it ran on
                 started: float, # `time.time()` when it began
-               ) -> None:
-    "Write what a spec has learned, and remove the state."
+               ) -> dict[str, Any]: # JSON values to keep
+    "Write what a spec has learned."
     words = token_words(spec)
     seconds = float(state["seconds"])
     vectors = {word: row.clone() for word, row in zip(words, state["rows"])}
@@ -405,8 +405,7 @@ def save_tokens(spec: InversionSpec,
     images = spec.steps * spec.batch * len(words)
     made_by = provenance(started, device, images, seconds) | dict(seconds=round(seconds, 2)) # those of all runs
     curve = loss_curve(spec, state["losses"])
-    write_json(folder/"inversion.json", dict(spec=asdict(spec), words=words, curve=curve, **made_by))
-    (folder/"state.safetensors").unlink(missing_ok=True)
+    return dict(words=words, curve=curve, **made_by)
 
 # %% ../nbs/library/07_style_inversion.ipynb #c9771d32
 def invert(spec: InversionSpec,
@@ -419,17 +418,16 @@ def invert(spec: InversionSpec,
            every: int = 200, # steps between saves
           ) -> Path: # the spec's folder
     "Learn the tokens of a spec, if they are not there yet."
-    started = time.time()
-    folder = Path(root)/spec_hash(spec)
-    if (folder/"inversion.json").exists(): return folder
-    check_images(spec, images)
-    check_method(spec)
-    pipe = pipe or open_model(spec, model, device)
-    path = folder/"state.safetensors"
-    state = load_file(path) if path.exists() else fresh_state(spec, pipe)
-    if spec.steps: train_tokens(spec, state, images, Path(root), pipe, label, every)
-    save_tokens(spec, folder, state, pipe.device, started)
-    return folder
+    def build(folder):
+        started = time.time()
+        check_images(spec, images)
+        check_method(spec)
+        opened = pipe or open_model(spec, model, device)
+        path = folder/STATE
+        state = load_file(path) if path.exists() else fresh_state(spec, opened)
+        if spec.steps: train_tokens(spec, state, images, Path(root), opened, label, every)
+        return save_tokens(spec, folder, state, opened.device, started)
+    return found_or_made(root, spec, "inversion.json", build)
 
 # %% ../nbs/library/07_style_inversion.ipynb #6c7aacbf
 def stratified(schedule: "diffusers.DDPMScheduler",

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from .artefacts import as_dict, atomic, provenance, read_json, spec_hash, stable_hash, write_json
+from .artefacts import STATE, atomic, found_or_made, provenance, read_json, spec_hash, stable_hash
 from .backbones import backbone_digest, create_backbone, reset_head, untrained
 from .datasets import Dataset, few_shot
 from .evaluation import evaluate
@@ -96,19 +96,16 @@ def make_bridge(spec: BridgeSpec,
                 every: float = 300., # seconds between saves of the training's state
                ) -> Path: # the bridge's folder
     "Fine-tune a backbone on synthetic images, or find the bridge that was made before."
-    folder = Path(root)/spec_hash(spec)
-    if (folder/"bridge.json").exists(): return folder
-    state = folder/"state.safetensors"
-    started = time() - elapsed(state)
-    model = create_backbone(spec.arch, len(synthetic.names), stable_hash(spec.seed, "stage 1 head"))
-    if spec.shuffled: synthetic = shuffle_labels(synthetic, spec.seed)
-    curve = finetune(model, synthetic, spec.finetune, stable_hash(spec.seed, "stage 1"), device, label, state, every)
-    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
-    with atomic(folder/"model.safetensors") as part: save_file(weights, part)
-    made = provenance(started, device, spec.finetune.epochs * len(synthetic))
-    write_json(folder/"bridge.json", dict(spec=as_dict(spec), curve=curve, **made))
-    state.unlink(missing_ok=True)
-    return folder
+    def build(folder):
+        state = folder/STATE
+        started = time() - elapsed(state)
+        model = create_backbone(spec.arch, len(synthetic.names), stable_hash(spec.seed, "stage 1 head"))
+        images = shuffle_labels(synthetic, spec.seed) if spec.shuffled else synthetic
+        curve = finetune(model, images, spec.finetune, stable_hash(spec.seed, "stage 1"), device, label, state, every)
+        weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+        with atomic(folder/"model.safetensors") as part: save_file(weights, part)
+        return dict(curve=curve, **provenance(started, device, spec.finetune.epochs * len(images)))
+    return found_or_made(root, spec, "bridge.json", build)
 
 # %% ../nbs/library/12_transfer.ipynb #d247fddd
 def load_bridge(folder: str | Path, # the bridge's own folder
@@ -237,7 +234,7 @@ def _last_stage(spec: TransferSpec,
                ) -> tuple[list[dict[str, float]], float]: # the curve, and the seconds it took
     "Fine-tune on real images; a training that was interrupted resumes."
     if not spec.finetune: return [], 0.
-    state = root/spec_hash(spec)/"state.safetensors" # mixed transfer is as long as stage 1
+    state = root/spec_hash(spec)/STATE # mixed transfer is as long as stage 1
     started = time() - elapsed(state)
     curve = finetune(*start, spec.finetune, stable_hash(spec.seed, "stage 2"), device, label, state)
     if state.exists(): shutil.rmtree(state.parent)

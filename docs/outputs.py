@@ -3,12 +3,17 @@
 Without arguments: the tour and the library wing. Each notebook is executed in place. What a reader sees is kept, up to
 LIMIT bytes a cell: text, tables, pictures. What differs from run to run is not: progress bars, warnings, counts, times,
 temporary folders. A cell tagged `unstored`, such as one that prints seconds, keeps nothing.
+
+With `--paper [PROFILE]`, or `make outputs PAPER=1`: the paper's pages, which are not executed here. Their outputs are
+those of the last complete run, from runs/PROFILE/notebooks.
 """
+import ast
 import json
 import os
 import re
 import sys
 from base64 import b64decode, b64encode
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from tempfile import gettempdir
@@ -17,6 +22,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbdev.clean import clean_nb
 from nbformat import NotebookNode
+from nbformat.v4 import new_output
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +37,8 @@ def stored_size(outputs: list) -> int: # bytes
 
 def portable(text: str) -> str:
     "Text without folders of this machine."
-    return re.sub(rf"{re.escape(gettempdir())}/\w+", "tmp", text.replace(str(ROOT), "."))
+    text = text.replace(str(ROOT), ".").replace(f"{Path.home()}/", "~/")
+    return re.sub(rf"{re.escape(gettempdir())}/\w+", "tmp", text)
 
 
 def encoded(image: Image.Image, kind: str, **options) -> str: # base64
@@ -79,11 +86,10 @@ def tidy(outputs: list[NotebookNode], # of one cell
     return kept
 
 
-def store(path: Path) -> list[str]: # what could not be stored, a sentence each
-    "Execute a notebook and write it back with its outputs."
-    nb = nbformat.read(path, as_version=4)
-    resources = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(nb, kernel_name="quiet", timeout=1200, resources=resources).execute()
+def keep(nb: NotebookNode, # executed
+         path: Path, # to write
+        ) -> list[str]: # what could not be stored, a sentence each
+    "Write a notebook with those of its outputs that are stored."
     left_out = []
     for number, cell in enumerate(nb.cells):
         if cell.cell_type != "code": continue
@@ -96,8 +102,123 @@ def store(path: Path) -> list[str]: # what could not be stored, a sentence each
     return left_out
 
 
+def store(path: Path) -> list[str]: # what could not be stored, a sentence each
+    "Execute a notebook and write it back with its outputs."
+    nb = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(nb, kernel_name="quiet", timeout=1200, resources=resources).execute()
+    return keep(nb, path)
+
+
+# ---- the paper's pages, from the notebooks that papermill left
+
+def code_cells(nb: NotebookNode) -> list[NotebookNode]:
+    "The code cells of a notebook, without the parameters that papermill adds."
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    return [c for c in code if "injected-parameters" not in c.metadata.get("tags", [])]
+
+
+def obstacle(page: NotebookNode, # in nbs/paper
+             executed: NotebookNode, # as papermill left it
+            ) -> str: # "" if there is none
+    "Why the outputs of an executed page cannot be stored."
+    run = executed.metadata.get("papermill", {})
+    if run.get("exception") or not run.get("end_time"): return "its last run failed or was stopped"
+    if run["parameters"].get("overrides"): return f"its last run had other settings, {run['parameters']['overrides']}"
+    sources = [[c.source for c in code_cells(nb)] for nb in (page, executed)]
+    return "" if sources[0] == sources[1] else "its code has changed since its last run"
+
+
+def saved_figures(source: str) -> list[str]: # names, in order
+    "The figures that code saves with `save_figure`."
+    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)]
+    named = [n for n in calls if isinstance(n.func, ast.Name) and n.func.id == "save_figure" and n.args]
+    return [n.args[-1].value for n in sorted(named, key=lambda n: n.lineno) if isinstance(n.args[-1], ast.Constant)]
+
+
+def link_figures(cell: NotebookNode, # executed; changed in place
+                 place: Path, # of the page
+                 figures: Path, # folder of the committed figures
+                 about: str, # what a cell's pictures show
+                ) -> None:
+    "Beside each picture, a link to its committed figure: the site shows that one, GitHub the small stored copy."
+    pictures = [o for o in cell.outputs if "image/png" in o.get("data", {})]
+    names = saved_figures(cell.source)
+    if len(names) != len(pictures): return
+    for o, name in zip(pictures, names):
+        if not (figures/f"{name}.png").exists(): continue
+        link = os.path.relpath(figures/f"{name}.png", place.parent)
+        o.data["text/markdown"] = f"![{about}]({link})"
+
+
+def richest(outputs: list[NotebookNode]) -> list[NotebookNode]: # changed in place
+    "Outputs without the plain text that stands for a table or a paragraph."
+    for o in outputs:
+        if {"text/html", "text/markdown"} & set(o.get("data", {})): o.data.pop("text/plain", None)
+    return outputs
+
+
+def origin(run: dict, # papermill's metadata
+           seeds: str,
+           machine: str,
+          ) -> NotebookNode: # an output
+    "The line that says what a page's outputs are of."
+    said = f"profile {run['parameters']['profile']}, {seeds}, {run['end_time'][:10]}, {machine}"
+    return new_output("display_data", {"text/markdown": f"*Outputs: {said}.*"})
+
+
+def seeds_of(settings: Mapping[str, object]) -> str: # such as "seeds 0 to 3, few-shot seeds 0 to 11"
+    "The seeds that results are of."
+    kinds = {"seeds": "seeds", "few_seeds": "few-shot seeds", "sweep_seeds": "seeds of sweeps"}
+    def span(v): return f"{v[0]} to {v[-1]}" if list(v) == list(range(v[0], v[-1] + 1)) else " ".join(map(str, v))
+    return ", ".join(f"{text} {span(settings[k])}" for k, text in kinds.items() if settings.get(k))
+
+
+def store_page(path: Path, # in nbs/paper
+               executed: Path, # as papermill left it
+               figures: Path, # folder of the committed figures
+               seeds: str, # as from `seeds_of`
+               machine: str,
+              ) -> list[str]: # what could not be stored, a sentence each
+    "Store the outputs of the last run of a page of the paper."
+    if not executed.exists(): return [f"{path.name}: this profile has not run it."]
+    page, ran = (nbformat.read(p, as_version=4) for p in (path, executed))
+    why = obstacle(page, ran)
+    if why: return [f"{path.name}: {why}."]
+    title = page.cells[0].source.splitlines()[0].lstrip("# ")
+    outputs, heading = iter(code_cells(ran)), title
+    for cell in page.cells:
+        for found in re.findall(r"^##+ (.+)$", cell.source, re.M) if cell.cell_type == "markdown" else ():
+            heading = f"{title}: {found}"
+        if cell.cell_type != "code": continue
+        cell.outputs = richest(next(outputs).outputs)
+        link_figures(cell, path, figures, re.sub(r"[][/]", " ", heading))
+    code_cells(page)[0].outputs.insert(0, origin(ran.metadata.papermill, seeds, machine))
+    return keep(page, path)
+
+
+def store_paper(profile: str | None) -> list[str]: # what could not be stored, a sentence each
+    "Store the outputs of a profile's last complete run in the pages of nbs/paper."
+    from bridgexfer.study.benchmarks import machine
+    from bridgexfer.study.grid import Study
+    from torch.cuda import is_available
+    study = Study(profile)
+    where = machine("cuda" if is_available() else "cpu") # as jobs choose
+    if not study.figures_dir.is_relative_to(ROOT/"figures"):
+        raise SystemExit(f"The figures of the profile {study.settings.profile} are not committed: choose another.")
+    seeds = seeds_of(study.settings.values)
+    found = []
+    for page in study.pages():
+        executed = study.runs_dir/f"notebooks/{page.name}.ipynb"
+        found += store_page(ROOT/f"nbs/paper/{page.name}.ipynb", executed, study.figures_dir, seeds, where)
+    return found
+
+
 if __name__ == "__main__":
     os.environ["JUPYTER_PATH"] = str(ROOT/"docs") # for docs/kernels: a kernel that does not announce its transport
+    if sys.argv[1:2] == ["--paper"]:
+        left_out = store_paper(" ".join(sys.argv[2:]))
+        sys.exit("\n".join(left_out) or 0)
     library = sorted((ROOT/"nbs/library").glob("*.ipynb"))
     for path in map(Path, sys.argv[1:] or [ROOT/"nbs/00_tour.ipynb", *library]):
         print(path.name, flush=True)

@@ -7,7 +7,6 @@ import subprocess
 from functools import cache
 from html import escape
 from importlib import import_module
-from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 
@@ -88,13 +87,31 @@ def cells_of(path: Path) -> list[NotebookNode]:
     return cells
 
 
+def stored(cells: list[NotebookNode]) -> list[NotebookNode]: # outputs
+    "The outputs of code cells, with the committed figure instead of the small copy that GitHub shows."
+    outputs = [o for c in cells for o in c.get("outputs", [])]
+    for o in outputs:
+        if "text/markdown" in o.get("data", {}): o.data = {"text/markdown": o.data["text/markdown"]}
+    return outputs
+
+
 def folded(cells: list[NotebookNode]) -> list[NotebookNode]:
-    "Cells of a page that is not executed: consecutive code is joined, and folded."
-    joined = []
-    for kind, group in groupby(cells, lambda c: c.cell_type):
-        if kind == "markdown": joined += group
-        else: joined.append(new_code_cell("\n\n".join(c.source for c in group), metadata={"tags": ["hide-input"]}))
-    return joined
+    "Cells of a page that is not executed: code is folded, and joined as far as it shows nothing."
+    joined, code = [], []
+    for cell in cells:
+        if cell.cell_type == "code": code.append(cell)
+        shows = bool(cell.get("outputs"))
+        if code and (shows or cell.cell_type == "markdown"):
+            joined.append(folded_code(code))
+            code = []
+        if cell.cell_type == "markdown": joined.append(cell)
+    return [*joined, *([folded_code(code)] if code else [])]
+
+
+def folded_code(cells: list[NotebookNode]) -> NotebookNode:
+    "Code cells as one, with their stored outputs."
+    metadata = {**cells[-1].metadata, "tags": ["hide-input"]}
+    return new_code_cell("\n\n".join(c.source for c in cells), outputs=stored(cells), metadata=metadata)
 
 
 # ---- tables and figures, from the files that are committed
@@ -124,11 +141,16 @@ def tables(files: list[Path]) -> str: # Markdown
     return "\n\n".join(parts)
 
 
-def measured(path: Path) -> list[NotebookNode]: # Markdown cells
-    "What the last complete run measured for a notebook's table or figure, and what the paper prints."
+def committed(path: Path) -> list[Path]:
+    "The files in figures/ that a notebook has left."
     longer = tuple(p.stem for p in NBS.glob("*/*.ipynb") if p.stem.startswith(f"{path.stem}_")) # notebooks of their own
     files = [f for folder in (FIGURES, FIGURES/"miniature") for f in sorted(folder.glob(f"{path.stem}*"))]
-    if longer: files = [f for f in files if not f.name.startswith(longer)]
+    return [f for f in files if not longer or not f.name.startswith(longer)]
+
+
+def measured(path: Path) -> list[NotebookNode]: # Markdown cells
+    "What the last complete run measured for a notebook's table or figure, and what the paper prints."
+    files = committed(path)
     cells = []
     if files:
         pictures = [f"![{': '.join(opening(path))}]({linked(f)})" for f in files if f.suffix == ".png"]
@@ -140,6 +162,13 @@ def measured(path: Path) -> list[NotebookNode]: # Markdown cells
         pivot = theirs.pivot_table(index="row", columns="dataset", values="value", aggfunc="first", sort=False)
         cells.append(new_markdown_cell("## Published\n\n" + table(pivot.reset_index())))
     return cells
+
+
+def files_of(path: Path) -> list[NotebookNode]: # Markdown cells
+    "Links to the tables of a page that shows them as it was run."
+    found = [f for f in committed(path) if f.suffix == ".csv"]
+    links = ", ".join(f"[`{f.name}`]({linked(f)})" for f in found)
+    return [new_markdown_cell(f"## Files\n\nThe tables of this page: {links}.")] if found else []
 
 
 def gallery(patterns: str) -> str: # Markdown; patterns: of notebooks below nbs, without ending
@@ -163,7 +192,10 @@ def page(path: Path) -> str: # JSON
         for c in cells: c.source = c.source.replace("(../CONTRIBUTING.md)", "(contributing.md)") # a page of the site
         cells.append(new_markdown_cell((ROOT/"docs/contents.md").read_text()))
     else: cells[0].source += f"\n\n```{{container}} notebook\n{note}\n```"
-    if place.parts[0] in ("paper", "benchmarks"): cells = [cells[0], *measured(path), *folded(cells[1:])]
+    if place.parts[0] in ("paper", "benchmarks"):
+        shown = any(c.get("outputs") for c in cells) # as it was run; else the committed tables and figures
+        before, after = ([], files_of(path)) if shown else (measured(path), [])
+        cells = [cells[0], *before, *folded(cells[1:]), *after]
     return nbformat.writes(new_notebook(cells=cells, metadata=METADATA))
 
 

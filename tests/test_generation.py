@@ -688,7 +688,7 @@ def test_absent_models(model, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="choose float32, bfloat16, float16"):
         load_pipeline(model, "half")
     shutil.copytree(model, tmp_path / "torn", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(OSError, match="torn is not a whole diffusers pipeline"):
+    with pytest.raises(OSError, match="torn is not a whole text-to-image model"):
         load_pipeline(str(tmp_path / "torn"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match="someone/something.* cache .*HF_HUB_OFFLINE is set") as e:
