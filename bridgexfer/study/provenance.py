@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-from ..artefacts import read_json
+from ..artefacts import address, read_json
 from .grid import Study, page_of
-from .records import METHODS
+from .records import METHODS, spec_columns
 from ..transfer import CONTROLS, PIPELINES
 
 # %% ../../nbs/study/08_provenance.ipynb #9f6a8d8f
@@ -72,7 +72,8 @@ def matches(row: dict[str, object], # of a table
             spec: dict[str, object], # of a record
            ) -> bool:
     "Whether a record belongs to a row."
-    if not all(same(spec[k], str(row[k])) for k in KEYS if k in row and k in spec): return False
+    columns = spec_columns(spec)
+    if not all(same(columns[k], str(row[k])) for k in KEYS if k in row and k in columns): return False
     words = {w for k in ("way", "row") for w in str(row.get(k, "")).split()}
     for k, known in (("pipeline", {*PIPELINES, *CONTROLS}), ("synthesis", set(METHODS))):
         if k in spec and words & known and spec[k] not in words: return False
@@ -140,7 +141,7 @@ def behind(folder: Path, # the profile's runs
     "The synthetic set, the token and the bridge of a run."
     lines = []
     made = spec.get("synthetic")
-    bridge = spec.get("bridge")
+    bridge = spec_columns(spec).get("bridge")
     if spec.get("head") == "synthetic": bridge = spec["weights"] # a LEEP score has a bridge for its weights
     if bridge:
         path = folder/"bridges"/bridge/"bridge.json"
@@ -182,7 +183,8 @@ def trace_folder(folder: Path, # the profile's runs
 # %% ../../nbs/study/08_provenance.ipynb #19a2ab99
 def run_lines(path: Path, record: dict[str, dict]) -> list[str]: # path: of the record
     "A run in a few words."
-    spec, result = record["spec"], record["result"]
+    spec = spec_columns(record["spec"])
+    result = record["result"]
     named = ", ".join(f"{k} {spec[k]}" for k in KEYS if k in spec and spec[k] != "")
     numbers = {k: v for k, v in result.items() if isinstance(v, (int, float)) and k != "seconds"}
     values = ", ".join(f"{k} {v:.6g}" for k, v in numbers.items())

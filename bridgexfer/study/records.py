@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECORD_KINDS', 'PREFIXES', 'SHOWN', 'METHODS', 'json_values', 'record_path', 'find_record', 'differing',
            'write_record', 'record_run', 'job_name', 'short_name', 'job_path', 'write_job', 'read_job', 'read_manifest',
-           'to_frame', 'read_jobs', 'read_choices', 'NoChoice', 'read_choice', 'shots_label']
+           'spec_columns', 'to_frame', 'read_jobs', 'read_choices', 'NoChoice', 'read_choice', 'shots_label']
 
 # %% ../../nbs/study/01_records.ipynb #404d8208
 import csv
@@ -148,7 +148,7 @@ def read_manifest(folder: str | Path, # the profile's runs
 PREFIXES = {"finetune": "", "bridge": "stage1_"} # of the columns of a spec inside a spec
 SHOWN = ("lr", "epochs", "batch", "momentum", "weight_decay", "mixup") # fields of a training that are columns
 
-def _columns(spec: dict[str, Any]) -> dict[str, Any]:
+def spec_columns(spec: dict[str, Any]) -> dict[str, Any]: # spec: of a record
     "The words and numbers of a spec, and of the trainings in it."
     found = {k: v for k, v in spec.items() if not isinstance(v, (list, dict)) and k not in PREFIXES}
     for key, prefix in PREFIXES.items():
@@ -164,7 +164,7 @@ def to_frame(records: list[dict[str, Any]], # from `read_job`
     import pandas as pd # here, because jobs that write records need no tables
     rows = []
     for r in records:
-        spec = _columns(r["spec"])
+        spec = spec_columns(r["spec"])
         if twice := [k for k in spec if k in r["result"] and spec[k] != r["result"][k]]:
             raise ValueError(f"Record {r['hash']}: spec and result have different values for {', '.join(twice)}.")
         rows.append({"kind": r["kind"], "hash": r["hash"], **spec, **r["result"]})
@@ -214,10 +214,12 @@ def read_choice(path: str | Path, # tab5_learning_rates.csv of the profile's fig
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: {advice}.")
     with open(path, newline="") as f: rows = list(csv.DictReader(f))
     wanted = dict(dataset=dataset, arch=arch, pipeline=name, shots=str(shots))
-    found = [r for r in rows if all(r[k] == v for k, v in wanted.items())]
+    found = [r for r in rows if all(r.get(k) == v for k, v in wanted.items())] # an older table has no shots
     where = f"{name} on {dataset} with {arch}, {shots_label(shots)}"
     if not found: raise ValueError(f"{path} has no rate for {where}: {advice}.")
     if not found[0]["lr"]: raise NoChoice(f"Training diverged at every learning rate that was tried for {where}.")
+    if lacking := [axis for axis in axes if not found[0].get(axis)]:
+        raise ValueError(f"{path} has no {' and no '.join(lacking)} for {where}: {advice}.")
     return {axis: float(found[0][axis]) for axis in axes}
 
 # %% ../../nbs/study/01_records.ipynb #7b6f29e4
