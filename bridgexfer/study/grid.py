@@ -590,6 +590,13 @@ def page_of(table: str, # the name of a table, such as "fig04_few_shot_change"
     if not found: raise ValueError(f"No page makes the table {table}: there are {', '.join(p.name for p in PAGES)}.")
     return max(found, key=lambda p: len(p.name))
 
+# %% ../../nbs/study/02_grid.ipynb #fb252c79
+def _within(frame: "pd.DataFrame", gap: dict[str, object]) -> "pd.Series": # of booleans
+    "The records of a gap's task and pipeline."
+    keys = ["dataset", "arch", "pipeline", "shots"]
+    if Run(gap["pipeline"], 0, 0).uses: keys += ["per_class", "synthesis", "guidance"]
+    return (frame[keys] == [gap[k] for k in keys]).all(axis=1)
+
 # %% ../../nbs/study/02_grid.ipynb #57531bb0
 class Study(Tuning):
     "One profile of the study."
@@ -615,14 +622,28 @@ class Study(Tuning):
         "The pages whose subject the profile has."
         return [p for p in PAGES if all(self.manifests(word) for word in p.reads)]
 
-    def read(self, folder: str, # of manifests: a sweep, or "transferability", "alignment", "tune"
-            ) -> "pd.DataFrame": # one row per record
-        "The records of a sweep or another job, for all its datasets and backbones."
+    def _read_for(self, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]: # datasets, backbones
+        "What a folder of manifests is about."
         known = {"transferability": (self.datasets, self.archs), "tune": (self.datasets, self.all_archs),
                  "alignment": (self.datasets_of("style"), ("clip",))}
-        datasets, archs = known[folder] if folder in known else (self.datasets_of(folder), self.archs_of(folder))
+        return known[folder] if folder in known else (self.datasets_of(folder), self.archs_of(folder))
+
+    def gaps(self, folder: str) -> list[dict[str, object]]: # of each its run's fields, dataset, arch, and why
+        "What has no result in a sweep."
+        datasets, archs = self._read_for(folder)
+        manifests = {(d, a): read_json(job_path(self.runs_dir, folder, d, a)) for d in datasets for a in archs}
+        return [gap | dict(dataset=d, arch=a) for (d, a), found in manifests.items() for gap in found.get("gaps", ())]
+
+    def read(self, folder: str, # of manifests: a sweep, or "transferability", "alignment", "tune"
+            ) -> "pd.DataFrame": # one row per record; `attrs["gaps"]` says what is missing and why
+        "The records of a sweep or another job; where one seed has no result, the others are left out as well."
+        datasets, archs = self._read_for(folder)
         made_by = {"core": "make study", "transferability": "make study", "tune": "make tune"}
-        return read_jobs(self.runs_dir, folder, datasets, archs, made_by.get(folder, "make paper"))
+        frame = read_jobs(self.runs_dir, folder, datasets, archs, made_by.get(folder, "make paper"))
+        gaps = self.gaps(folder)
+        for gap in gaps: frame = frame[~_within(frame, gap)]
+        frame.attrs["gaps"] = list(dict.fromkeys(gap["why"] for gap in gaps))
+        return frame
 
 # %% ../../nbs/study/02_grid.ipynb #ff879e4f
 def _options(parameters: dict[str, str]) -> str:
