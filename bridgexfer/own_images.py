@@ -151,6 +151,7 @@ def own_choice(study: Study, # of `own_study`
                                           "give smaller ones in `lrs`.")
     return found.values | dict(validation_accuracy=found.races["lr"].accuracy, edge=found.edges.get("lr", ""))
 
+# %% ../nbs/apps/00_own_images.ipynb #a75b16fb
 def own_choices(study: Study, # of `own_study`
                 data: Dataset,
                 arch: str,
