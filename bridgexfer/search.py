@@ -91,7 +91,6 @@ class Axis:
     "The values of a hyper-parameter that are tried."
     values: tuple[float, ...]
     widens: bool = False # by a factor of about three
-    least: float = 0. # no value is smaller
 
 def beyond(values: Sequence[float], # ascending; 1 or 3 times a power of ten
            at: float, # one of them
@@ -116,7 +115,7 @@ def race_axis(axis: Axis,
     done = race(values, trial, seeds, first)
     for _ in range(WIDENINGS if axis.widens else 0):
         more = done.winner is not None and beyond(values, done.winner)
-        if not more or more < axis.least: break
+        if not more: break
         values = tuple(sorted((*values, more)))
         done = race(values, trial, seeds, first) # trials that were made are found again
     return done, values

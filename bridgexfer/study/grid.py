@@ -356,10 +356,8 @@ class Trainings(Runs):
         axes = {"lr": Axis(s.lrs, widens=len(s.lrs) > 1)}
         if p.bridged: axes |= {"stage1_lr": Axis(s.stage1_lrs, widens=len(s.stage1_lrs) > 1),
                                "stage1_epochs": Axis(s.stage1_epochs)}
-        if p.mixed:
-            repeats = s.few_repeats if shots else s.repeats
-            axes |= {"epochs": Axis(s.mixed_few_epochs if shots else s.mixed_epochs),
-                     "repeats": Axis(repeats, widens=len(repeats) > 1, least=1)}
+        if p.mixed: axes |= {"epochs": Axis(s.mixed_few_epochs if shots else s.mixed_epochs),
+                             "repeats": Axis(s.few_repeats if shots else s.repeats)}
         return axes
 
     def start(self, name: str, shots: int) -> dict[str, float]: # name: of a pipeline
