@@ -253,7 +253,7 @@ def _update(h, # a hash, which grows
             array: np.ndarray, # of numbers, or of image files
            ) -> None:
     "Hash an array's content."
-    if array.dtype != object: return h.update(np.ascontiguousarray(array).data)
+    if array.dtype.kind != "O": return h.update(np.ascontiguousarray(array).data)
     for file in array: h.update(hashlib.sha256(file).digest())
 
 # %% ../nbs/library/01_images.ipynb #d40f4672
@@ -268,7 +268,7 @@ class Images:
     def __len__(self): return len(self.labels)
 
     @property
-    def are_files(self) -> bool: return self.pixels.dtype == object
+    def are_files(self) -> bool: return self.pixels.dtype.kind == "O"
 
     def take(self, at) -> "Images": # at: row numbers in this object
         "Some of the images."
@@ -293,6 +293,6 @@ def as_images(pixels, # (n, size, size, 3), 0..255; or (n,) image files
               names: Iterable[str], # C class names
              ) -> Images:
     "A whole split: its rows are numbered in order."
-    are_files = getattr(pixels, "dtype", None) == object
+    are_files = isinstance(pixels, np.ndarray) and pixels.dtype.kind == "O"
     pixels = pixels if are_files else np.asarray(pixels, np.uint8)
     return Images(pixels, np.asarray(labels, np.int64), tuple(names), np.arange(len(labels)))

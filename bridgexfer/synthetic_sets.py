@@ -196,7 +196,7 @@ def make_shard(spec: SynthesisSpec, # the set
     with ThreadPoolExecutor(1) as pool:
         for at in range(0, len(rows), spec.batch):
             batch = rows[at:at + spec.batch]
-            real = None if init_images is None else init_images.squares(spec.size, init_images_of(spec, batch, init_images))
+            real = init_images and init_images.squares(spec.size, init_images_of(spec, batch, init_images))
             images = sample(pipe, [r.prompt for r in batch], [r.seed for r in batch], spec, cache, real)
             files += [pool.submit(image_file, image, spec) for image in images]
             bar.update(len(batch))
