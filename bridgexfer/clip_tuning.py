@@ -89,7 +89,8 @@ def embed_images(clip: Clip,
         x = clip.processor(images=pixels, input_data_format="channels_first", return_tensors="pt").pixel_values
         z = clip.model.get_image_features(pixel_values=x.to(clip.model.device)).pooler_output
         return F.normalize(z, dim=-1).cpu()
-    return torch.cat([embed(images.pixels[i:i + batch]) for i in range(0, len(images), batch)]).numpy()
+    size = clip.model.config.vision_config.image_size
+    return torch.cat([embed(images.squares(size, slice(i, i + batch))) for i in range(0, len(images), batch)]).numpy()
 
 # %% ../nbs/library/15_clip_tuning.ipynb #8b7bb7ac
 def image_embeddings(clip: Clip,

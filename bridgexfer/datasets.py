@@ -16,7 +16,7 @@ import json
 import unicodedata
 import numpy as np
 from .artefacts import stable_hash
-from .images import Images, SUFFIXES, as_images, decode_into, read_image
+from .images import Images, SMALL, SUFFIXES, as_images, decode_into, file_array, read_image, store_files
 from .prompts import name_of_folder
 
 # %% ../nbs/library/03_datasets.ipynb #851642ae
@@ -219,6 +219,7 @@ def _load_split(where: str, # the folder, for messages
     if empty: raise ValueError(f"{where} has no images for {', '.join(empty)}; looked for {' '.join(SUFFIXES)}.")
     paths = [f for of_class in files.values() for f in of_class]
     labels = np.repeat(np.arange(len(names)), [len(of_class) for of_class in files.values()])
+    if size > SMALL: return as_images(file_array(store_files(paths, size)), labels, names)
     pixels = np.empty((len(paths), size, size, 3), np.uint8)
     return as_images(decode_into(pixels, lambda f: read_image(f, size), paths, "Reading"), labels, names)
 
@@ -226,7 +227,7 @@ def _load_split(where: str, # the folder, for messages
 def load_folder(folder: Path, # of a dataset
                 size: int, # of the stored images, pixels
                ) -> tuple[Images, Images]: # train and test
-    "The images of a dataset's folder, decoded."
+    "The images of a dataset's folder."
     names = folder_info(folder).names
     files = folder_files(folder)
     split = "" not in folder_layout(folder)

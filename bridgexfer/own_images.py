@@ -25,7 +25,8 @@ from .backbones import input_config
 from .data.registry import dataset_info
 from .datasets import Dataset
 from .finetune import NonFiniteLoss
-from .images import Images
+from .images import SMALL, Images
+from .loading import SEEN
 from .search import Trial, search
 from .statistics import compare, summary
 from .study.grid import SHIPPED_NAMES, Study
@@ -300,7 +301,9 @@ def timm_config(model: nn.Module, # of timm
                ) -> dict[str, object]: # as in timm's `pretrained_cfg`
     "How an image becomes the input of a backbone."
     size, mean, std = input_config(model)
-    return dict(input_size=(3, size, size), crop_pct=size / stored_size, interpolation="bicubic", mean=mean, std=std)
+    small = stored_size <= SMALL
+    how = dict(crop_pct=size / stored_size if small else SEEN, interpolation="bicubic" if small else "bilinear")
+    return dict(input_size=(3, size, size), mean=mean, std=std) | how
 
 # %% ../nbs/apps/00_own_images.ipynb #f19f34a7
 def history(outcome: Outcome) -> dict[str, object]: # JSON values

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'AUTOCAST', 'INVERSION_VERSION', 'InversionSpec', 'check_inversion', 'inversion_spec', 'token_words',
-           'sentences', 'latent_moments', 'noise_schedule', 'TokenTask', 'token_task', 'Draw', 'draw', 'noisy',
-           'first_row', 'arithmetic', 'embed_with', 'frozen', 'noise_error', 'step_loss', 'fresh_state', 'optimiser',
-           'record', 'learn', 'train_tokens', 'loss_curve', 'check_method', 'check_images', 'open_model', 'save_tokens',
-           'invert', 'stratified', 'denoising_loss']
+           'sentences', 'own_size', 'latent_moments', 'noise_schedule', 'TokenTask', 'token_task', 'Draw', 'draw',
+           'noisy', 'first_row', 'arithmetic', 'embed_with', 'frozen', 'noise_error', 'step_loss', 'fresh_state',
+           'optimiser', 'record', 'learn', 'train_tokens', 'loss_curve', 'check_method', 'check_images', 'open_model',
+           'save_tokens', 'invert', 'stratified', 'denoising_loss']
 
 # %% ../nbs/library/07_style_inversion.ipynb #08a82172
 import copy, time
@@ -95,6 +95,10 @@ def sentences(spec: InversionSpec,
     return tuple(t.replace("{}", word, 1) for t in SINGLE_TEMPLATE)
 
 # %% ../nbs/library/07_style_inversion.ipynb #2b76ebed
+def own_size(pipe: "diffusers.StableDiffusionPipeline") -> int: # pixels
+    "The size of the images that a model was trained on."
+    return pipe.unet.config.sample_size * pipe.vae_scale_factor
+
 def latent_moments(pipe: "diffusers.StableDiffusionPipeline", # from `load_pipeline`
                    images: Images,
                    root: str | Path, # folder that keeps the moments
@@ -103,7 +107,7 @@ def latent_moments(pipe: "diffusers.StableDiffusionPipeline", # from `load_pipel
                    batch: int = 64, # images encoded together
                   ) -> np.ndarray: # (n, 2c, h, w) float32, mapped from disk; unscaled
     "Mean and log-variance of the images' latents, computed when first needed."
-    size = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
+    size = size or own_size(pipe)
     path = Path(root)/f"moments-{stable_hash(weights, images.digest, size):016x}.npy"
     if path.exists(): return np.load(path, mmap_mode="r")
     n = len(images)
@@ -111,7 +115,7 @@ def latent_moments(pipe: "diffusers.StableDiffusionPipeline", # from `load_pipel
     with atomic(path) as part:
         moments = np.lib.format.open_memmap(part, "w+", np.float32, (n, 2 * pipe.vae.config.latent_channels, h, h))
         for at in tqdm(range(0, n, batch), "Encoding", unit="batch", disable=n < 2_000):
-            moments[at:at + batch] = encode(pipe, images.pixels[at:at + batch], size).cpu().numpy()
+            moments[at:at + batch] = encode(pipe, images.squares(size, slice(at, at + batch)), size).cpu().numpy()
         moments.flush()
     return np.load(path, mmap_mode="r")
 
@@ -453,7 +457,7 @@ def denoising_loss(pipe: "diffusers.StableDiffusionPipeline", # the model; it kn
     "The error of equation 2 for each image under its prompt."
     n = len(images)
     if len(prompts) != n: raise ValueError(f"One prompt per image, got {len(prompts)} for {n}.")
-    if moments is None: moments = encode(pipe, images.pixels).cpu().numpy()
+    if moments is None: moments = encode(pipe, images.squares(own_size(pipe))).cpu().numpy()
     schedule = noise_schedule(pipe)
     known = {}
     total = np.zeros(n)

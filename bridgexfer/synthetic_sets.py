@@ -7,8 +7,8 @@ __all__ = ['COLUMNS', 'ANOTHER', 'MEMORY', 'CAVEATS', 'CARD_TEXT', 'CARD', 'imag
            'shard_path', 'shard_schema', 'shard_table', 'write_shard', 'read_shard', 'image_files', 'find_damage',
            'check_init_images', 'init_images_of', 'add_token', 'make_shard', 'open_for', 'build_shard', 'make_shards',
            'read_spec', 'bind', 'missing_shards', 'damaged_shards', 'whole_shards', 'first_tables', 'decode_shard',
-           'decoded_path', 'mapped_shards', 'first_images', 'SyntheticSet', 'available', 'caveats', 'facts', 'card',
-           'generate', 'slug', 'export_folders']
+           'decoded_path', 'mapped_shards', 'buffers', 'first_files', 'first_images', 'SyntheticSet', 'available',
+           'caveats', 'facts', 'card', 'generate', 'slug', 'export_folders']
 
 # %% ../nbs/library/06_synthetic_sets.ipynb #c588b2e1
 import hashlib, io, json, re, time, unicodedata
@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from .artefacts import atomic, provenance, read_json, spec_hash, stable_hash, write_json
 from .generation import SYNTHESIS_VERSION, Row, SynthesisSpec, check_whole, plan, sample
-from .images import Images, Parts, decode_into, mapped
+from .images import SMALL, Images, Parts, decode_into, file_array, mapped, mapped_files, store
 from .models import find_weights, licence_of, load_pipeline, load_token
 if TYPE_CHECKING: import diffusers, huggingface_hub
 
@@ -34,13 +34,8 @@ if TYPE_CHECKING: import diffusers, huggingface_hub
 def image_file(image: np.ndarray, # (size, size, 3) uint8
                spec: SynthesisSpec, # stored_size and format
               ) -> bytes: # an image file
-    "An image as it is stored."
-    picture = Image.fromarray(image)
-    size = spec.stored_size
-    if picture.width != size: picture = picture.resize((size, size), Image.LANCZOS)
-    options = {"quality": 95} if spec.format == "jpeg" else {}
-    picture.save(out := io.BytesIO(), spec.format.upper(), **options)
-    return out.getvalue()
+    "An image as it is stored, in the way of real ones."
+    return store(Image.fromarray(image), spec.stored_size, spec.format)
 
 # %% ../nbs/library/06_synthetic_sets.ipynb #5bcb26ea
 def shard_rows(spec: SynthesisSpec, # the set
@@ -201,7 +196,7 @@ def make_shard(spec: SynthesisSpec, # the set
     with ThreadPoolExecutor(1) as pool:
         for at in range(0, len(rows), spec.batch):
             batch = rows[at:at + spec.batch]
-            real = None if init_images is None else init_images.pixels[init_images_of(spec, batch, init_images)]
+            real = init_images and init_images.squares(spec.size, init_images_of(spec, batch, init_images))
             images = sample(pipe, [r.prompt for r in batch], [r.seed for r in batch], spec, cache, real)
             files += [pool.submit(image_file, image, spec) for image in images]
             bar.update(len(batch))
@@ -339,11 +334,13 @@ def decode_shard(path: Path, # a shard
     decode_into(pixels, lambda f: np.asarray(Image.open(io.BytesIO(f)).convert("RGB")), files, f"Decoding {path.stem}")
 
 # %% ../nbs/library/06_synthetic_sets.ipynb #05930957
-def decoded_path(shard: Path) -> Path:
-    "The file for a shard's pixels; files for earlier contents of the shard are removed."
+def decoded_path(shard: Path,
+                 suffix: str = ".npy", # of pixels; ".arrow": of image files
+                ) -> Path:
+    "The file for a shard's images; files for earlier contents of the shard are removed."
     identity = shard.stat()
-    path = shard.parent/"decoded"/f"{shard.stem}-{identity.st_size:x}-{identity.st_mtime_ns:x}.npy"
-    for old in set(path.parent.glob(f"{shard.stem}-*.npy")) - {path}: old.unlink(missing_ok=True)
+    path = shard.parent/"decoded"/f"{shard.stem}-{identity.st_size:x}-{identity.st_mtime_ns:x}{suffix}"
+    for old in set(path.parent.glob(f"{shard.stem}-*{suffix}")) - {path}: old.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/library/06_synthetic_sets.ipynb #00e23c36
@@ -359,20 +356,37 @@ def mapped_shards(paths: list[Path], # of shards
     return Parts(*parts)
 
 # %% ../nbs/library/06_synthetic_sets.ipynb #09c80096
-MEMORY = 2 * 2**30 # bytes: sets with more pixels are mapped from disk
+MEMORY = 2 * 2**30 # bytes: larger sets are mapped from disk
+
+# %% ../nbs/library/06_synthetic_sets.ipynb #59cae3b8
+def buffers(table: pa.Table) -> Iterator[pa.Buffer]:
+    "The image files of a table, in order, without a copy."
+    for chunk in table["image"].chunks: yield from (b.as_buffer() for b in chunk.field("bytes"))
+
+def first_files(paths: list[Path], # of shards
+                rows: int, # images that are wanted
+                memory: int = MEMORY, # bytes of files that are held in memory; more are mapped from disk
+               ) -> np.ndarray | Parts: # (rows,) image files
+    "The images of some shards as files."
+    if sum(path.stat().st_size for path in paths) <= memory:
+        return file_array(file for path in paths for file in buffers(read_shard(path)))[:rows]
+    def kept(path): return mapped_files(decoded_path(path, ".arrow"), lambda: image_files(read_shard(path)))
+    parts = Parts(*map(kept, paths))
+    return parts if len(parts) == rows else parts[:rows]
 
 # %% ../nbs/library/06_synthetic_sets.ipynb #9a4838ea
 def first_images(folder: Path, # of the set
                  spec: SynthesisSpec,
                  per_class: int, # images of each class
-                 memory: int = MEMORY, # bytes of pixels that are held in memory; more are mapped from disk
+                 memory: int = MEMORY, # bytes of pixels or files that are held in memory; more are mapped from disk
                 ) -> Images: # (per_class × classes) images, by index and then by class
-    "The first images of each class, decoded."
+    "The first images of each class: small ones decoded, larger ones as files."
     classes = len(spec.names)
     image = (spec.stored_size, spec.stored_size, 3)
     n, shard = per_class * classes, spec.shard * classes # images
     paths = [shard_path(folder, k) for k in range(ceil(per_class / spec.shard))]
-    if n * prod(image) > memory:
+    if spec.stored_size > SMALL: pixels = first_files(paths, n, memory)
+    elif n * prod(image) > memory:
         pixels = mapped_shards(paths, (shard, *image), n)
     else:
         pixels = np.empty((n, *image), np.uint8)

@@ -182,7 +182,7 @@ def join(a: Images, # keep their row numbers
         ) -> Images:
     "Two sets of images as one; both must have the same classes and size."
     if a.names != b.names or a.pixels.shape[1:] != b.pixels.shape[1:]:
-        first, second = (f"{len(i.names)} classes at {i.pixels.shape[1]} pixels" for i in (a, b))
+        first, second = (f"{len(i.names)} classes at {i.pixels.shape[1:2] or 'any number of'} pixels" for i in (a, b))
         raise ValueError(f"Cannot mix images of {first} with {second}: "
                          "class names, their order and the size have to agree.")
     labels = np.concatenate([np.tile(a.labels, repeats), b.labels])

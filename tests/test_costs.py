@@ -67,7 +67,7 @@ def test_hours_are_amount_over_rate():
     work = [Work("core", "generate", SD15, images=4700), Work("core", "transfer", "resnet18", passes=36_000_000)]
     table = costs(work, H100)
     assert table.hours.tolist() == pytest.approx([1000 / 3600, 1.0])
-    assert table.gigabytes.tolist() == pytest.approx([4700 * 32e3 / 1e9, 0])
+    assert table.gigabytes.tolist() == pytest.approx([4700 * 144e3 / 1e9, 0])
     assert table.source.str.match("measured|projected|assumed").all()
 
 

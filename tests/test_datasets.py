@@ -12,7 +12,7 @@ from bridgexfer.data.registry import dataset_info, load_dataset, train_size
 from bridgexfer.data.targets import TARGETS
 from bridgexfer.datasets import few_shot, hold_out
 from bridgexfer.evaluation import accuracy
-from bridgexfer.images import as_images, decoded, read_image
+from bridgexfer.images import as_images, decoded, open_file, read_image, store_file
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -72,6 +72,28 @@ def folder(tmp_path):
 def test_a_folder_of_images(folder):
     data = load_dataset(str(folder), size=16)
     assert data.info.names == ("owl", "red fox") and data.train.pixels.shape == (6, 16, 16, 3)
+
+
+def test_large_images_are_stored_whole_and_small_files_as_they_are(folder):
+    for i in range(3): Image.new("RGB", (300 + i, 150)).save(folder/"train"/"owl"/f"{i}.png")
+    data = load_dataset(str(folder), size=100)
+    sizes = [open_file(f).size for f in data.train.pixels[:3]]
+    assert data.train.are_files and sizes == [(200, 100), (201, 100), (201, 100)]
+    assert data.train.pixels[3] == (folder/"train"/"red_fox"/"0.png").read_bytes()
+    assert data.train.squares(64).shape == (6, 64, 64, 3)
+    (folder/"test"/"owl"/"0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"0\.png cannot be read"): load_dataset(str(folder), size=100)
+
+
+def test_an_archive_of_files_is_read_once(tmp_path, monkeypatch):
+    written = write_archive("dtd", tmp_path, images="tiny")
+    data = load_dataset("dtd", 128, tmp_path)
+    first = min(path for path, _ in written.test)
+    assert data.test.are_files and len(data.train) == 3760
+    assert data.test.pixels[0].to_pybytes() == store_file(tmp_path/first, 128)
+    monkeypatch.setattr(images, "store_file", None)
+    again = load_dataset("dtd", 128, tmp_path)
+    assert again.train.digest == data.train.digest and again.train.take([5]).digest == data.train.take([5]).digest
 
 
 def test_damaged_and_missing_images_are_named(folder):

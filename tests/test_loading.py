@@ -18,9 +18,9 @@ from bridgexfer.datasets import Augment, GLYPHS, few_shot
 from bridgexfer.evaluation import accuracy, predict
 from bridgexfer.finetune import FinetuneSpec, finetune
 from bridgexfer.generation import synthesis_spec
-from bridgexfer.images import Images, Parts, as_images
-from bridgexfer.loading import GRID_SIZE, InputConfig, crop, cut, eval_batches, normalise, prefetch, random_boxes
-from bridgexfer.loading import to_device, to_float, train_batches
+from bridgexfer.images import Images, Parts, as_images, file_array, open_file, store
+from bridgexfer.loading import GRID_SIZE, InputConfig, crop, cropped, cut, eval_batches, normalise, prefetch
+from bridgexfer.loading import random_boxes, to_device, to_float, train_batches
 from bridgexfer.synthetic_sets import SyntheticSet, bind, image_file, shard_path, shard_table, write_shard
 from bridgexfer.transfer import join
 
@@ -166,6 +166,65 @@ def test_accuracy_is_that_of_a_plain_loop():
     ours, other = (np.array(v) for v in found.values())
     assert min(ours.min(), other.min()) > 0.6
     assert abs(ours.mean() - other.mean()) < 3 * np.sqrt((ours.var(ddof=1) + other.var(ddof=1)) / 4) + 0.01, found
+
+
+# ---- files
+
+@pytest.fixture(scope="module")
+def photos():
+    "Six pictures of three shapes, as files."
+    rng = np.random.default_rng(0)
+    shapes = [(90, 120), (120, 90), (100, 100)] * 2
+    coarse = [Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)) for _ in shapes]
+    files = [store(image.resize(shape, Image.BICUBIC), 99, "png") for image, shape in zip(coarse, shapes, strict=True)]
+    return as_images(file_array(files), [0, 1, 2] * 2, "abc")
+
+
+def test_boxes_of_a_wide_image_are_torchvisions():
+    blank = torch.empty(1, 1, 1).expand(1, 20_000, 60_000)
+    for augment in (SETTINGS[0], SETTINGS[3]):
+        boxes = random_boxes(3000, augment, seeded(), 3.).double()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            scale = list(augment.scale)
+            ratio = list(augment.ratio)
+            drawn = [RandomResizedCrop.get_params(blank, scale, ratio) for _ in range(3000)]
+        i, j, h, w = torch.tensor(drawn).double().T
+        b = torch.stack([(j + w / 2) / 60_000, (i + h / 2) / 20_000, w / 60_000, h / 20_000], 1)
+        for name, f in BOX.items():
+            ours, other = (np.round(f(v).numpy(), 3) for v in (boxes, b))
+            assert ks_2samp(ours, other).pvalue > 1e-3, name
+
+
+def test_files_are_cropped_as_torchvision_crops_them(photos):
+    [x, y], = train_batches(photos, 6, InputConfig(48, (0.,) * 3, (1.,) * 3), Augment(), seeded(3))
+    rng = seeded(3)
+    order = torch.randperm(6, generator=rng)
+    images = [open_file(photos.pixels[k]) for k in order.tolist()]
+    boxes = random_boxes(6, Augment(), rng, torch.tensor([i.width / i.height for i in images]))
+    flip = torch.rand(6, generator=rng) < 0.5
+    for got, image, box, mirrored in zip(x, images, boxes.tolist(), flip.tolist(), strict=True):
+        plain = cropped(image, box, mirrored, 48)
+        assert np.abs(got.permute(1, 2, 0).numpy() * 255 - plain).max() < 0.01
+    assert y.tolist() == photos.labels[order.numpy()].tolist()
+    again = list(train_batches(photos, 6, InputConfig(48, (0.,) * 3, (1.,) * 3), Augment(), seeded(3)))
+    assert torch.equal(again[0][0], x)
+
+
+def test_files_are_evaluated_as_torchvision_does(photos):
+    usual = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56), transforms.ToTensor()])
+    theirs = torch.stack([usual(open_file(file)) for file in photos.pixels])
+    ours = torch.cat(list(eval_batches(photos, 4, InputConfig(56, (0.,) * 3, (1.,) * 3))))
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_joined_files_train_as_if_they_were_one_array(photos):
+    whole = list(train_batches(join(photos, photos), 6, InputConfig(32), Augment(), seeded()))
+    twice = as_images(np.concatenate([photos.pixels] * 2), np.tile(photos.labels, 2), "abc")
+    other = list(train_batches(twice, 6, InputConfig(32), Augment(), seeded()))
+    assert join(photos, photos).digest == twice.digest
+    assert all(torch.equal(x, z) and torch.equal(y, t) for (x, y), (z, t) in zip(whole, other, strict=True))
+    with pytest.raises(ValueError, match="Cannot mix"): join(photos, as_images(noise(2), [0, 1], "abc"))
 
 
 # ---- where pixels are stored

@@ -7,8 +7,9 @@ __all__ = ['TEN', 'dataset_info', 'train_size', 'load_dataset']
 
 # %% ../../nbs/data/02_registry.ipynb #f14ce6d6
 from pathlib import Path
+from PIL import Image
 from ..artefacts import stable_hash
-from ..images import Images, as_images, decoded
+from ..images import SMALL, Images, as_images, decoded, file_array, mapped_files, store, store_files
 from ..datasets import Dataset, DatasetInfo, folder_files, folder_info, load_folder
 from .archives import ARCHIVES, class_names, list_archive
 from .targets import TARGETS, load_target
@@ -32,6 +33,14 @@ def train_size(name: str, # a name of the registry, or a folder
     return dataset_info(name).counts[0] or sum(map(len, folder_files(Path(name))["train"].values()))
 
 # %% ../../nbs/data/02_registry.ipynb #72d9a46d
+def _kept(paths: list[Path], # image files
+          size: int, # of the stored images, pixels
+          path: Path, # of what is kept, without its suffix
+         ): # (n, size, size, 3) uint8, or (n,) image files
+    "Images read once, and found again."
+    if size <= SMALL: return decoded(paths, size, path.with_name(f"{path.name}.npy"))
+    return mapped_files(path.with_name(f"{path.name}.arrow"), lambda: store_files(paths, size, f"Reading {path.name}"))
+
 def _load_archive(name: str, # one of the ten
                   size: int, # of the stored images, pixels
                   root: Path, # the data root
@@ -39,18 +48,24 @@ def _load_archive(name: str, # one of the ten
     "One of the paper's ten, each split in a file that is named by the hash of its list."
     listing = list_archive(name, root)
     def split(which, listed):
-        kept = root/"decoded"/f"{name}-{which}-{size}-{stable_hash(*listed) % 16**8:08x}.npy"
-        pixels = decoded([root/path for path, _ in listed], size, kept)
+        path = root/"decoded"/f"{name}-{which}-{size}-{stable_hash(*listed) % 16**8:08x}"
+        pixels = _kept([root/path for path, _ in listed], size, path)
         return as_images(pixels, [label for _, label in listed], listing.names)
     return split("train", listing.train), split("test", listing.test)
 
 # %% ../../nbs/data/02_registry.ipynb #5ffb78ea
+def _as_files(images: Images, size: int) -> Images:
+    "Images that were drawn, as files of more than 64 pixels."
+    files = file_array(store(Image.fromarray(image), size, "png") for image in images.pixels)
+    return Images(files, images.labels, images.names, images.rows)
+
 def load_dataset(name: str, # a name of the registry, or a folder
-                 size: int = 32, # of the stored images, pixels
+                 size: int = 32, # of the stored images, pixels: of squares, or from 65 on of the shorter side, at most
                  root: str | Path = "data", # where the archives of the paper's ten are
                 ) -> Dataset:
-    "Train and test of a dataset, decoded."
+    "Train and test of a dataset."
     info = dataset_info(name)
-    if name in TARGETS: return Dataset(info, *load_target(name, size))
     if name in TEN: return Dataset(info, *_load_archive(name, size, Path(root)))
-    return Dataset(info, *load_folder(Path(name), size))
+    train, test = load_target(name, size) if name in TARGETS else load_folder(Path(name), size)
+    if name not in TARGETS or size <= SMALL: return Dataset(info, train, test)
+    return Dataset(info, _as_files(train, size), _as_files(test, size))

@@ -194,7 +194,7 @@ H100 = Rates("H100", (
     Rate("transfer", "resnet50", 3_300., "assumed: 25 GFLOP an image at 80 TFLOP/s"),
     Rate("transfer", "vit_base", 2_300., "assumed: 106 GFLOP an image at 240 TFLOP/s"),
     Rate("transfer", "vit_large", 650., "assumed: 370 GFLOP an image at 240 TFLOP/s")),
-    32e3, "assumed: 256 pixels, JPEG 95, crops of two photographs")
+    144e3, "assumed: 512 pixels, JPEG 95, two photographs")
 TWO_CORES = Rates("machine", (
     Rate("generate", SHIPPED, 20., "assumed: 25 steps, bfloat16, two jobs at once"),
     Rate("invert", SHIPPED, 20., "assumed: batches of 8, two jobs at once"),

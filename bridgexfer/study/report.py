@@ -546,7 +546,7 @@ def real_examples(images: Images,
     at = [int(np.argmax(images.labels == l)) for l in labels]
     names = [images.names[l] for l in labels]
     rows = [{"class": name, "image": f"{split}, row {images.rows[i]}"} for name, i in zip(names, at)]
-    return Examples(images.pixels[at], names, rows)
+    return Examples(images.squares(256, at), names, rows)
 
 # %% ../../nbs/study/04_report.ipynb #68d3e256
 def made_examples(folder: str | Path, # the profile's runs
@@ -561,4 +561,4 @@ def made_examples(folder: str | Path, # the profile's runs
     names = [images.names[l] for l in labels]
     source = {"image": f"set {entry['hash']}, index 0"}
     rows = [{"class": n, **source, "prompt": plan.prompt[l], "seed": int(plan.seed[l])} for n, l in zip(names, labels)]
-    return Examples(images.pixels[list(labels)], names, rows)
+    return Examples(images.squares(256, list(labels)), names, rows)
