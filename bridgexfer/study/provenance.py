@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-from ..artefacts import address, read_json
+from ..artefacts import read_json
 from .grid import Study, page_of
 from .records import METHODS, spec_columns
 from ..transfer import CONTROLS, PIPELINES
