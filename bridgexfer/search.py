@@ -38,8 +38,8 @@ class Race(NamedTuple):
     winner: Hashable | None # None: every candidate diverged
     tied: tuple[Hashable, ...] # less than a standard error behind the leader, the winner among them
     seeds: int # that the winner ran with
-    accuracy: float # of the winner, over its seeds
-    se: float # of its distance to the nearest candidate that is not tied with it; NaN if there is none
+    accuracy: float | None # of the winner, over its seeds
+    se: float | None # of its distance to the nearest candidate that is not tied with it; None if there is none
 
 # %% ../nbs/library/18_search.ipynb #ffa69a09
 def _standing(trials: dict[Hashable, list[Trial]], # of candidates with the same seeds
@@ -65,7 +65,7 @@ def race(candidates: Sequence[Hashable], # what to choose from
             done = trial(c, seed)
             if done: trials[c].append(done)
             else: del trials[c] # it diverged
-        if not trials: return Race(None, (), n, np.nan, np.nan)
+        if not trials: return Race(None, (), n, None, None)
         lag, error = _standing(trials)
         if n < min(first, len(seeds)): continue
         trials = {c: t for c, t in trials.items() if lag[c] <= 2}
@@ -82,8 +82,8 @@ def _finish(trials: dict[Hashable, list[Trial]], # of those that are left
     def mean(c, what): return float(np.mean([getattr(t, what) for t in trials[c]]))
     tied = tuple(c for c in candidates if c in trials and lag[c] < 1)
     winner = min(tied, key=lambda c: mean(c, "loss"))
-    beaten = [error[c] for c in lag if c not in tied]
-    return Race(winner, tied, len(trials[winner]), mean(winner, "accuracy"), min(beaten, default=np.nan))
+    beaten = [float(error[c]) for c in lag if c not in tied]
+    return Race(winner, tied, len(trials[winner]), mean(winner, "accuracy"), min(beaten, default=None))
 
 # %% ../nbs/library/18_search.ipynb #9198abb1
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from .artefacts import STATE, atomic, found_or_made, provenance, read_json, spec
 from .backbones import backbone_digest, create_backbone, reset_head, untrained
 from .datasets import Dataset, few_shot
 from .evaluation import evaluate
-from .finetune import FinetuneSpec, elapsed, finetune
+from .finetune import FinetuneSpec, check_finite, elapsed, finetune
 from .images import Images, Parts
 
 # %% ../nbs/library/12_transfer.ipynb #9129eec9
@@ -257,5 +257,7 @@ def transfer(spec: TransferSpec,
     model, images = start_of(spec, real, synthetic, bridge)
     curve, seconds = _last_stage(spec, (model, images), Path(root), device, label)
     result = evaluate(model, data.test, spec.metric, device)
+    last = spec.finetune or spec.bridge.finetune
+    check_finite(result["loss"], f"{label or spec.pipeline} on {spec.split} images", last.epochs, last)
     seconds = max(seconds, time() - started)
     return model, dict(**result, curve=curve, seconds=round(seconds, 2))

@@ -13,22 +13,22 @@ import torch
 from safetensors import safe_open
 
 import bridgexfer.finetune as finetune_module
+import bridgexfer.transfer as transfer_module
 from bridgexfer import backbones
 from bridgexfer.artefacts import read_json, spec_hash
 from bridgexfer.backbones import ARCHS, backbone_digest, create_backbone
 from bridgexfer.data.registry import load_dataset
-from bridgexfer.datasets import GLYPHS, hold_out
+from bridgexfer.datasets import Dataset, GLYPHS
 from bridgexfer.evaluation import predict
 from bridgexfer.finetune import FinetuneSpec, NonFiniteLoss, begin, finetune, load_state, save_state, train_epoch
 from bridgexfer.images import as_images
 from bridgexfer.miniature.typeset import DIGITS, corpus
 from bridgexfer.study.grid import Study
-from bridgexfer.transfer import BridgeSpec, CONTROLS, PIPELINES, Recipe, Run, Task, load_bridge, make_bridge
-from bridgexfer.transfer import pipeline, run_task
+from bridgexfer.transfer import (BridgeSpec, CONTROLS, PIPELINES, Run, image_passes, join, load_bridge, make_bridge,
+                                 pipeline, transfer, transfer_spec)
 
 ARCH = "mini_resnet10"
-RECIPE = Recipe(epochs=1, few_epochs=2, mixed_epochs=1, stage1_epochs=1, stage1_lr=0.03, mixup=0.2,
-                batch=64, momentum=0.9, weight_decay=5e-4)
+STAGES = (FinetuneSpec(0.03, 1, augment=GLYPHS), FinetuneSpec(0.03, 2, augment=GLYPHS))
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,20 @@ def synthetic():
 
 
 @pytest.fixture(scope="module")
-def task():
-    data = load_dataset("digits")
-    return Task(data.info, data.train.take(np.arange(300)), data.test.take(np.arange(100)), ARCH, RECIPE)
+def data():
+    digits = load_dataset("digits")
+    return Dataset(digits.info, digits.train.take(np.arange(300)), digits.test.take(np.arange(100)))
 
 
-def run(task, name, synthetic, root, shots=4, seed=0, lr=0.03):
-    return run_task(task, Run(name, shots, seed, 20), lr, (synthetic.digest, synthetic), root)
+def spec_for(data, name, shots=4, seed=0, per_class=20, synthetic="x", arch=ARCH, stages=STAGES, **fields):
+    return transfer_spec(Run(name, shots, seed, per_class), data, arch, stages, synthetic, **fields)
+
+
+def run(data, name, synthetic, root, **fields):
+    return transfer(spec_for(data, name, synthetic=synthetic.digest, **fields), data, synthetic, root)
+
+
+def one_step(**fields): return replace(STAGES[1], epochs=1, **fields)
 
 
 def weights(model): return torch.cat([p.flatten() for p in model.parameters()])
@@ -52,107 +59,151 @@ def weights(model): return torch.cat([p.flatten() for p in model.parameters()])
 
 @pytest.mark.parametrize("arch", [a for a, b in ARCHS.items() if b.shipped])
 @pytest.mark.parametrize("name", PIPELINES)
-def test_every_pipeline_runs_with_every_shipped_backbone(task, synthetic, tmp_path, arch, name):
-    _, result = run(replace(task, arch=arch), name, synthetic, tmp_path)
+def test_every_pipeline_runs_with_every_shipped_backbone(data, synthetic, tmp_path, arch, name):
+    _, result = run(data, name, synthetic, tmp_path, arch=arch)
     assert 0 <= result["accuracy"] <= 1 and len(result["predictions"]) == 100
-    assert [e["epoch"] for e in result["curve"]] == list(range(1, (1 if name == "mixed" else 2) + 1))
+    assert [e["epoch"] for e in result["curve"]] == [1, 2]
     json.dumps(result, allow_nan=False)
 
 
-def test_controls_are_what_they_say(task, synthetic, tmp_path):
-    point = {name: Run(name, 4, 0, 20) for name in (*PIPELINES, *CONTROLS)}
-    spec = {name: task.spec(p, 0.03, "x") for name, p in point.items()}
-    assert all(pipeline(n).lr_from in PIPELINES or n == "synthetic" for n in CONTROLS)
-    # vanilla with the same compute sees as many images as both stages of bridged transfer together, to a batch
-    assert 0 <= 40 * spec["vanilla_long"].epochs - (40 * spec["bridged"].epochs + 200 * RECIPE.stage1_epochs) < 40
-    assert [n for n, s in spec.items() if s.mixup] == ["vanilla_mixup", "mixed_mixup"]
+def test_controls_are_what_they_say(data, synthetic, tmp_path):
+    spec = {name: spec_for(data, name, synthetic=synthetic.digest) for name in (*PIPELINES, *CONTROLS)}
+    assert all(pipeline(n).tuned_as in PIPELINES for n in CONTROLS) and not any(p.tuned_as for p in PIPELINES.values())
+    assert [n for n, s in spec.items() if s.finetune and s.finetune.mixup] == ["vanilla_mixup", "mixed_mixup"]
+    assert [n for n, s in spec.items() if s.bridge] == [n for n in spec if pipeline(n).bridged]
     assert spec["bridged_mixup"].bridge == spec["bridged_pp"].bridge
     assert spec["bridged_mixup"].bridge != spec["bridged"].bridge == spec["synthetic"].bridge
-    model, result = run(task, "synthetic", synthetic, tmp_path)
-    bridge = load_bridge(next(tmp_path.iterdir()), 10)
+    assert [n for n, s in spec.items() if not s.finetune] == ["synthetic"]
+    model, result = transfer(spec["synthetic"], data, synthetic, tmp_path)
+    bridge = load_bridge(tmp_path/spec_hash(spec["synthetic"].bridge), 10)
     assert result["curve"] == [] and torch.equal(weights(model), weights(bridge)) # no real image was trained on
-    assert spec["synthetic"].epochs == spec["synthetic"].lr == 0
+
+
+def test_the_same_compute_is_as_many_images_to_a_batch():
+    "Vanilla with the same compute sees as many images as both stages of bridged transfer together."
+    study = Study("smoke", stage1_epochs="3", few_epochs="2")
+    digits = load_dataset("digits")
+    specs = {n: study.spec(digits, ARCH, Run(n, 4, 0, 30)) for n in ("vanilla_long", "bridged_pp")}
+    stage1 = 30 * 10 * specs["bridged_pp"].bridge.finetune.epochs # images
+    both = stage1 + image_passes(specs["bridged_pp"], 40, 10)
+    assert (stage1, both) == (900, 980) and 0 <= image_passes(specs["vanilla_long"], 40, 10) - both < 40
+
+
+def test_shuffled_labels_are_the_same_labels_in_another_order(data, synthetic, tmp_path, monkeypatch):
+    "The control's bridge sees the images and the counts of bridged++'s, and no other pipeline shares it."
+    specs = {n: spec_for(data, n, synthetic=synthetic.digest) for n in (*PIPELINES, *CONTROLS)}
+    assert [n for n, s in specs.items() if s.bridge == specs["shuffled"].bridge] == ["shuffled"]
+    assert replace(specs["shuffled"].bridge, shuffled=False) == specs["bridged_pp"].bridge
+    seen = []
+    def spy(model, images, *args): seen.append(images) or finetune(model, images, *args)
+    monkeypatch.setattr(transfer_module, "finetune", lambda model, images, *args: spy(model, images, *args) or [])
+    for name in ("bridged_pp", "shuffled"): make_bridge(specs[name].bridge, synthetic, tmp_path)
+    make_bridge(replace(specs["shuffled"].bridge, seed=1), synthetic, tmp_path)
+    ordered, shuffled, other = seen
+    assert np.array_equal(ordered.labels, synthetic.labels)
+    for images in (shuffled, other):
+        assert np.array_equal(images.pixels, synthetic.pixels) and images.names == synthetic.names
+        assert np.bincount(images.labels).tolist() == np.bincount(synthetic.labels).tolist()
+        assert np.mean(images.labels == synthetic.labels) < 0.25 # a tenth by chance
+    assert not np.array_equal(shuffled.labels, other.labels)
+    bridges = [load_bridge(tmp_path/spec_hash(specs[n].bridge), 10) for n in ("bridged_pp", "shuffled")]
+    assert not torch.equal(*map(weights, bridges))
+
+
+def test_mixed_images_repeat_the_real_ones(data, synthetic):
+    "By hand: 3 repeats of 5 real images, then 200 synthetic ones; an epoch shows each real image thrice."
+    real = data.train.take(np.arange(5))
+    joined = join(real, synthetic, 3)
+    assert len(joined) == 3 * 5 + 200 and joined.names == real.names
+    assert joined.labels.tolist() == [*real.labels] * 3 + [*synthetic.labels]
+    assert joined.rows.tolist() == [*real.rows] * 3 + [-1] * 200
+    pixels = np.concatenate([real.pixels, real.pixels, real.pixels, synthetic.pixels])
+    assert np.array_equal(joined.pixels[np.arange(len(joined))], pixels)
+    assert join(real, synthetic).digest == join(real, synthetic, 1).digest != joined.digest
+    spec = spec_for(data, "mixed", repeats=3)
+    assert image_passes(spec, 40, 10) == 2 * (3 * 40 + 200) and spec.repeats == 3
+    assert all(spec_for(data, n, repeats=3).repeats == 1 for n in PIPELINES if n != "mixed") # their addresses stay
 
 
 def test_vision_transformers_have_a_batch_and_a_weight_decay_of_their_own():
-    paper = Study("paper")
-    conv = paper.recipe("resnet50")
-    vit = paper.recipe("vit_base")
-    assert (conv.batch, conv.weight_decay) == (64, 5e-4) and (vit.batch, vit.weight_decay) == (128, 0) # appendix A
+    paper = Study("paper", lr="0.01")
+    digits = load_dataset("digits")
+    for arch, expected in (("resnet50", (64, 5e-4)), ("vit_base", (128, 0))): # appendix A
+        stages = paper.stages(digits, arch, Run("bridged", 0, 0, 20), dict(lr=0.01))
+        assert [(s.batch, s.weight_decay) for s in stages] == [expected] * 2
 
 
-def test_bridges_are_shared_by_shots_rates_and_fc_reinit(task, synthetic, tmp_path):
-    for name, shots, lr in (("bridged", 4, 0.03), ("bridged", 0, 0.03), ("bridged_fc", 4, 0.01)):
-        run(task, name, synthetic, tmp_path, shots, lr=lr)
+def test_bridges_are_shared_by_shots_rates_and_fc_reinit(data, synthetic, tmp_path):
+    slower = STAGES[0], replace(STAGES[1], lr=0.01)
+    for name, shots, stages in (("bridged", 4, STAGES), ("bridged", 0, STAGES), ("bridged_fc", 4, slower)):
+        run(data, name, synthetic, tmp_path, shots=shots, stages=stages)
     assert len(list(tmp_path.iterdir())) == 1
-    run(task, "bridged_pp", synthetic, tmp_path)
+    run(data, "bridged_pp", synthetic, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
-    run(task, "bridged", synthetic, tmp_path, seed=1)
+    run(data, "bridged", synthetic, tmp_path, seed=1)
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_anything_that_changes_makes_another_bridge_and_another_record(task, synthetic, monkeypatch, tmp_path):
-    def addresses(t, hash_="a", **other):
-        point = Run("bridged", **{"shots": 0, "seed": 0, "per_class": 20, **other})
-        return spec_hash(t.bridge(point, hash_)), spec_hash(t.spec(point, 0.03, hash_))
-    base = addresses(task)
-    assert base == addresses(task)
-    others = dict(stage1_epochs=2, stage1_lr=0.1, momentum=0.8, batch=32, weight_decay=0.)
-    changed = [addresses(replace(task, recipe=replace(RECIPE, **{k: v}))) for k, v in others.items()]
-    changed += [addresses(task, "b"), addresses(task, per_class=10), addresses(task, seed=1)]
-    flipped = replace(task.info, augment=replace(GLYPHS, flip=True))
-    changed.append(addresses(replace(task, info=flipped)))
+def test_anything_that_changes_makes_another_bridge_and_another_record(data, monkeypatch, tmp_path):
+    def addresses(data=data, **fields):
+        spec = spec_for(data, "bridged", **{"shots": 0, **fields})
+        return spec_hash(spec.bridge), spec_hash(spec)
+    base = addresses()
+    assert base == addresses()
+    others = dict(epochs=5, lr=0.1, momentum=0.8, batch=32, weight_decay=0., augment=replace(GLYPHS, flip=True))
+    changed = [addresses(stages=(replace(STAGES[0], **{k: v}), STAGES[1])) for k, v in others.items()]
+    changed += [addresses(synthetic="b"), addresses(per_class=10), addresses(seed=1)]
     retrained = (backbones.SHIPPED/f"{ARCH}.safetensors").read_bytes()
     (tmp_path/f"{ARCH}.safetensors").write_bytes(retrained[:-1] + bytes([retrained[-1] ^ 1]))
     with monkeypatch.context() as m:
         m.setattr(backbones, "SHIPPED", tmp_path)
-        changed.append(addresses(task))
+        changed.append(addresses())
     assert len(set(changed) | {base}) == len(changed) + 1
     assert all(b != base[0] and r != base[1] for b, r in changed)
+    last = [addresses(stages=(STAGES[0], replace(STAGES[1], **{k: v}))) for k, v in others.items()]
+    last += [addresses(shots=4), addresses(split="validation")]
+    last.append(addresses(replace(data, test=data.test.take(np.arange(50)))))
+    assert all(b == base[0] for b, _ in last) and len({r for _, r in last} | {base[1]}) == len(last) + 1
 
 
-def test_the_result_does_not_depend_on_the_test_images(task, synthetic, tmp_path):
+def test_the_result_does_not_depend_on_the_test_images(data, synthetic, tmp_path):
     "No epoch and no rate is chosen on test: with other test images and labels the trained weights are the same bits."
-    other = replace(task, test=as_images(255 - task.test.pixels, np.roll(task.test.labels, 7), task.test.names))
+    noise = as_images(255 - data.test.pixels, np.roll(data.test.labels, 7), data.test.names)
+    other = replace(data, test=noise)
     for name in ("vanilla", "bridged_pp"):
-        a, _ = run(task, name, synthetic, tmp_path)
+        a, _ = run(data, name, synthetic, tmp_path)
         b, _ = run(other, name, synthetic, tmp_path)
         assert torch.equal(weights(a), weights(b))
 
 
-def test_what_is_reported_is_the_model_after_its_last_epoch(task, synthetic, tmp_path):
-    model, result = run(task, "mixed", synthetic, tmp_path)
-    guesses = predict(model, task.test).argmax(1)
-    assert guesses.tolist() == result["predictions"] and result["accuracy"] == np.mean(guesses == task.test.labels)
+def test_what_is_reported_is_the_model_after_its_last_epoch(data, synthetic, tmp_path):
+    model, result = run(data, "mixed", synthetic, tmp_path)
+    p = predict(model, data.test)
+    guesses = p.argmax(1)
+    assert guesses.tolist() == result["predictions"] and result["accuracy"] == np.mean(guesses == data.test.labels)
+    by_hand = -np.log(p[np.arange(100), data.test.labels]).mean()
+    assert result["loss"] == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_the_tuning_job_never_measures_on_test(tmp_path):
-    "Its records say so, and their labels are those of the validation part."
-    from bridgexfer.study.settings import find_settings
-    root = find_settings().parent
-    settings = json.dumps(dict(runs=str(tmp_path), pipelines="vanilla bridged", images="20"))
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", "nbs/jobs/tune.ipynb", str(tmp_path/"out.ipynb"),
-               "-p", "overrides", settings]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    records = [json.loads(p.read_text()) for p in (tmp_path/"smoke"/"records"/"tune").glob("*.json")]
-    fit, validation = hold_out(load_dataset("digits").train, 0.2, seed=100)
-    assert len(records) == 4
-    for r in records:
-        assert r["spec"]["split"] == "validation" and r["spec"]["data"] == f"{fit.digest}-{validation.digest}"
-        assert r["result"]["labels"] == validation.labels.tolist()
-
-
-def test_the_same_seed_gives_the_same_bits(task, synthetic, tmp_path):
-    def model(root, seed): return run(task, "bridged_pp", synthetic, tmp_path/root, seed=seed)[0]
+def test_the_same_seed_gives_the_same_bits(data, synthetic, tmp_path):
+    def model(root, seed): return run(data, "bridged_pp", synthetic, tmp_path/root, seed=seed)[0]
     a, b, c = (model(*at) for at in (("a", 0), ("b", 0), ("c", 1)))
     assert torch.equal(weights(a), weights(b)) and not torch.equal(weights(a), weights(c))
 
 
-def test_a_loss_that_is_not_finite_leaves_nothing(task, synthetic, tmp_path):
-    wild = replace(task, recipe=replace(RECIPE, stage1_lr=1e20, stage1_epochs=3))
-    with pytest.raises(NonFiniteLoss, match="choose a smaller one"): run(wild, "bridged", synthetic, tmp_path)
+def test_a_loss_that_is_not_finite_leaves_nothing(data, synthetic, tmp_path):
+    wild = replace(STAGES[0], lr=1e20, epochs=3), STAGES[1]
+    with pytest.raises(NonFiniteLoss, match="choose a smaller one"):
+        run(data, "bridged", synthetic, tmp_path, stages=wild)
     assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_last_step_that_diverges_has_no_result(data, synthetic, tmp_path):
+    "An epoch of one step has the loss from before it, which is finite."
+    wild = {"vanilla": (STAGES[0], one_step(lr=1e38)), "synthetic": (one_step(lr=1e38, batch=200), STAGES[1])}
+    for name, stages in wild.items():
+        with pytest.raises(NonFiniteLoss, match=f"{name} on test images is nan in epoch 1 of 1 at learning rate 1e.38"):
+            run(data, name, synthetic, tmp_path, stages=stages)
 
 
 CHILD = """
@@ -243,17 +294,19 @@ def test_a_state_holds_all_that_changes(synthetic, tmp_path, momentum):
         load_state(tmp_path/"state", training(seed=1))
 
 
-def test_mistakes_name_the_choices(task, synthetic):
+def test_mistakes_name_the_choices(data, synthetic):
     with pytest.raises(ValueError, match="vanilla, mixed, bridged, bridged_fc, bridged_pp"): pipeline("bridge")
     known = "mini_resnet10, mini_resnet18, mini_vit, resnet18"
     with pytest.raises(ValueError, match=known): create_backbone("resnet99")
-    with pytest.raises(ValueError, match="choose 1 to"): run(task, "vanilla", synthetic, "unused", shots=999)
+    with pytest.raises(ValueError, match="choose 1 to"): run(data, "vanilla", synthetic, "unused", shots=999)
     with pytest.raises(ValueError, match="needs synthetic images"):
-        run_task(task, Run("mixed", 4, 0, 20), 0.03, ("", None), "unused")
+        transfer(spec_for(data, "mixed"), data, None, "unused")
     with pytest.raises(ValueError, match="asks for 10 synthetic images of each of 10 classes, got 200"):
-        run_task(task, Run("mixed", 4, 0, 10), 0.03, ("x", synthetic), "unused")
+        run(data, "mixed", synthetic, "unused", per_class=10)
     with pytest.raises(ValueError, match="class names, their order"):
-        run(task, "mixed", as_images(synthetic.pixels, synthetic.labels, tuple("abcdefghij")), "unused")
+        run(data, "mixed", as_images(synthetic.pixels, synthetic.labels, tuple("abcdefghij")), "unused")
+    with pytest.raises(ValueError, match="The spec names the images .*, those given are"):
+        transfer(spec_for(data, "vanilla"), load_dataset("digits"), None, "unused")
     with pytest.raises(ValueError, match="lr > 0"): FinetuneSpec(lr=0, epochs=1)
 
 

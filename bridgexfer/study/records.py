@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECORD_KINDS', 'PREFIXES', 'SHOWN', 'METHODS', 'json_values', 'record_path', 'find_record', 'differing',
            'write_record', 'record_run', 'job_name', 'short_name', 'job_path', 'write_job', 'read_job', 'read_manifest',
-           'spec_columns', 'to_frame', 'read_jobs', 'read_choices', 'NoChoice', 'read_choice', 'shots_label']
+           'spec_columns', 'to_frame', 'read_jobs', 'shots_label', 'read_choices', 'NoChoice', 'read_choice']
 
 # %% ../../nbs/study/01_records.ipynb #404d8208
 import csv
@@ -185,6 +185,15 @@ def read_jobs(folder: str | Path, # the profile's runs
                                 f"run `{command}` first.")
     return to_frame([r for p in paths for r in read_job(p)])
 
+# %% ../../nbs/study/01_records.ipynb #7b6f29e4
+METHODS = {"single": "Single template", "style": "DSI", "class": "Class-wise inversion", "untrained": "Untrained token",
+           "real_guidance": "Real Guidance", "web": "Web renders"} # ways of making synthetic images
+
+def shots_label(shots: int, # images per class, 0 for all
+               ) -> str:
+    "What tables call a number of shots."
+    return f"{shots}-shot" if shots else "full-shot"
+
 # %% ../../nbs/study/01_records.ipynb #d71f9fb8
 def read_choices(folder: str | Path, # the profile's runs
                  datasets: Iterable[str],
@@ -223,12 +232,3 @@ def read_choice(path: str | Path, # tab5_learning_rates.csv of the profile's fig
     if lacking := [axis for axis in axes if not found[0].get(axis)]:
         raise ValueError(f"{path} has no {' and no '.join(lacking)} for {where}: {advice}.")
     return {axis: float(found[0][axis]) for axis in axes}
-
-# %% ../../nbs/study/01_records.ipynb #7b6f29e4
-METHODS = {"single": "Single template", "style": "DSI", "class": "Class-wise inversion", "untrained": "Untrained token",
-           "real_guidance": "Real Guidance", "web": "Web renders"} # ways of making synthetic images
-
-def shots_label(shots: int, # images per class, 0 for all
-               ) -> str:
-    "What tables call a number of shots."
-    return f"{shots}-shot" if shots else "full-shot"
