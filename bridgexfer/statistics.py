@@ -144,7 +144,7 @@ def _difference(delta: float, # b minus a
     "A difference with its interval, verdict and power."
     half = float(stdtrit(df, (1 + level) / 2) * se)
     verdict = _verdict(delta - half, delta + half, draws)
-    least = detectable(se, df, level) if draws > 1 else np.nan
+    least = detectable(se, df, level) if draws > 1 and se > 0 else np.nan # nothing differed: nothing is known of it
     ends = (float(delta - half), float(delta + half))
     return Difference(float(delta), *ends, verdict, n, draws, float(se), float(df), least)
 

@@ -424,7 +424,7 @@ def judge_block(claim: Claim,
     if "shots" in cases: row["real images"] = shots_label(first["shots"])
     row |= {k: int((cases["standing"] == k).sum()) for k in STANDINGS}
     if "difference" in cases: row["mean difference"] = f"{cases['difference'].mean():+.1f}"
-    if mean := average(cases):
+    if "standing" not in claim.cases and (mean := average(cases)):
         row |= {"over datasets": f"[{mean.low:+.1f}, {mean.high:+.1f}]", "expected": claim.expected,
                 "mean": mean.difference, "p": float(p_value(mean.difference, mean.se, mean.df))}
     paper = claim.paper.get(first["shots"] if "shots" in cases else 0)
