@@ -40,7 +40,9 @@ def _variances(D: np.ndarray, # (S, n)
     "The means of seeds, and the variances of their mean by seeds, images and both."
     S, n = D.shape
     _, g, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    if len(sizes) == n: g, sizes = np.zeros(n, int), np.array([n]) # an image per class: classes are what is drawn
+    if len(sizes) == n: # an image per class: classes are what is drawn
+        g = np.zeros(n, int)
+        sizes = np.array([n])
     def by_class(rows): return np.stack([np.bincount(g, row) for row in rows]) # (k, n) -> (k, C) sums
     cells = by_class(D) / sizes # (S, C)
     image = D.mean(0) - cells.mean(0)[g]
@@ -62,7 +64,8 @@ def _uncertainty(v: np.ndarray, # (3, ...) v_S, v_I, v_R
     seeds = np.maximum(v[0], rest)
     images = np.maximum(v[1], rest)
     total = seeds + images - rest
-    one, many = max(S - 1, 1), max(free, 1) # where there are none, so is the variance
+    one = max(S - 1, 1) # where there are no degrees of freedom, there is no variance
+    many = max(free, 1)
     spread = v[0]**2 / one + v[1]**2 / many + rest**2 / (one * many)
     with np.errstate(invalid="ignore"): df = np.where(total > 0, total**2 / spread, max(S - 1, free))
     return np.sqrt(total), df
@@ -141,8 +144,9 @@ def _difference(delta: float, # b minus a
     "A difference with its interval, verdict and power."
     half = float(stdtrit(df, (1 + level) / 2) * se)
     verdict = _verdict(delta - half, delta + half, draws)
-    least = detectable(se, df, level) if draws > 1 else np.nan
-    return Difference(float(delta), float(delta - half), float(delta + half), verdict, n, draws, float(se), float(df), least)
+    least = detectable(se, df, level) if draws > 1 and se > 0 else np.nan # nothing differed: nothing is known of it
+    ends = (float(delta - half), float(delta + half))
+    return Difference(float(delta), *ends, verdict, n, draws, float(se), float(df), least)
 
 # %% ../nbs/library/17_statistics.ipynb #bd341877
 def interval(D: np.ndarray, # (S, n) b minus a; a column per test image, or a single column
@@ -150,7 +154,7 @@ def interval(D: np.ndarray, # (S, n) b minus a; a column per test image, or a si
              sets: Sequence | None = None, # (S,) the set of each seed, as from `shared_sets`; None: each has its own
              level: float = 0.95, # of the interval
             ) -> Difference:
-    "The mean of paired differences with its interval over seeds, sets and images; for one set only, a statement about it."
+    "The mean of paired differences, with its interval over seeds, sets and images."
     D = np.asarray(D, float)
     if D.size == 0 or not np.isfinite(D).all():
         raise ValueError(f"Differences must be finite numbers, seeds × images; got an array of shape {D.shape}.")

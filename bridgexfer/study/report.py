@@ -424,7 +424,7 @@ def judge_block(claim: Claim,
     if "shots" in cases: row["real images"] = shots_label(first["shots"])
     row |= {k: int((cases["standing"] == k).sum()) for k in STANDINGS}
     if "difference" in cases: row["mean difference"] = f"{cases['difference'].mean():+.1f}"
-    if mean := average(cases):
+    if "standing" not in claim.cases and (mean := average(cases)):
         row |= {"over datasets": f"[{mean.low:+.1f}, {mean.high:+.1f}]", "expected": claim.expected,
                 "mean": mean.difference, "p": float(p_value(mean.difference, mean.se, mean.df))}
     paper = claim.paper.get(first["shots"] if "shots" in cases else 0)
@@ -479,8 +479,9 @@ def conclude(judged: pd.DataFrame, # from `judge`
 HOW_JUDGED = ("A claim is *supported* in a case where the comparison has the verdict that it predicts, *contradicted* "
               "where it has the opposite one, *compatible* where the interval contains what it predicts and 0 as well, "
               "and *open* where the runs cannot tell.")
-OVER_DATASETS = ("*Over datasets* is the 95 % interval of the mean difference, over seeds, test images and datasets, as "
-                 "if these datasets were drawn from many. *p* is corrected after Holm for the {n} tests of this table.")
+OVER_DATASETS = ("*Over datasets* is the 95 % interval of the mean difference, over seeds, test images and datasets, "
+                 "as if these datasets were drawn from many. *p* is corrected after Holm for the {n} tests of this "
+                 "table.")
 
 def show_claims(claims: Iterable[Claim]):
     "The table of claims, and what follows."
@@ -520,8 +521,10 @@ def caution(*tables: pd.DataFrame, # columns that begin with `verdict`, `draws` 
     said = [chance(tests, int(several.min()) if len(several) and seeds > 1 else seeds)]
     if seeds > 1 and (alone := int((draws == 1).sum())):
         said.append(f"{counted(alone, 'comparison')} between synthetic sets that all seeds share can have no verdict.")
+    said.append(power(*tables))
     common = set(printed("tab2")) & {d for t in tables for d in t["dataset"]}
-    return " ".join(["**How far this goes.**", *said, power(*tables), *([] if common else [FOREIGN])])
+    if not common: said.append(FOREIGN)
+    return " ".join(["**How far this goes.**", *filter(None, said)])
 
 # %% ../../nbs/study/04_report.ipynb #2167851d
 class Examples(NamedTuple):
