@@ -40,6 +40,7 @@ def canonical(spec) -> str:
     "The one JSON text of a spec: its type and its hashed fields, keys sorted."
     return _text(type(spec).__name__, _hashed_fields(spec))
 
+# %% ../nbs/library/00_artefacts.ipynb #9d437413
 def address(kind: str, # the name of a spec's class
             values: dict[str, Any], # its hashed fields
            ) -> str: # 16 hexadecimal digits

@@ -86,6 +86,7 @@ def outcome(p: np.ndarray, # (n, C) probabilities
     return dict(accuracy=accuracy(guesses, labels, metric), metric=metric, loss=float(loss),
                 predictions=guesses.tolist(), labels=labels.tolist())
 
+# %% ../nbs/library/10_evaluation.ipynb #f451be0d
 def evaluate(model: nn.Module, # a classifier, as for `predict`
              test: Images,
              metric: str = "top1", # or "mean_per_class"

@@ -210,6 +210,7 @@ def _bridge_of(spec: TransferSpec) -> str: # its hash; "" if there is none
     "What a spec's bridge is called."
     return spec_hash(spec.bridge) if spec.bridge else ""
 
+# %% ../nbs/library/14_fixed_features.ipynb #d34bc87c
 def _check_sources(specs: list[TransferSpec],
                    train: Images,
                    test: Images,

@@ -137,7 +137,8 @@ def own_choice(study: Study, # of `own_study`
                given: SyntheticSet | None = None, # a set to use instead of the profile's
               ) -> dict[str, float | str]: # by axis; and validation_accuracy, edge
     "The hyper-parameters with which a pipeline does best on validation images."
-    name, seeds = run.pipeline, study.tuning_seeds(run.shots)
+    name = run.pipeline
+    seeds = study.tuning_seeds(run.shots)
     images = own_images(study, part, replace(run, seed=seeds[0]), device, given)
     def trial(values, seed):
         label = f"{pipeline(name).label}, " + ", ".join(f"{k} {v:g}" for k, v in values.items())
@@ -150,6 +151,7 @@ def own_choice(study: Study, # of `own_study`
                                           "give smaller ones in `lrs`.")
     return found.values | dict(validation_accuracy=found.races["lr"].accuracy, edge=found.edges.get("lr", ""))
 
+# %% ../nbs/apps/00_own_images.ipynb #a75b16fb
 def own_choices(study: Study, # of `own_study`
                 data: Dataset,
                 arch: str,

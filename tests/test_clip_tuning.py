@@ -187,6 +187,7 @@ def test_only_the_head_trains_and_a_result_has_what_statistics_need(clip, data, 
     assert result["accuracy"] == np.mean(np.equal(result["predictions"], result["labels"]))
     zero_shot = head_predict(embed_images(clip, test), zero_shot_head(clip, test.names)).argmax(1)
     assert result["zero_shot"] == np.mean(zero_shot == test.labels)
+    assert 0 < result["loss"] < 10
     assert len(result["curve"]) == 3 and ("stage1" in result) == (name == "bridged")
     assert json.loads(json.dumps(json_values(result), allow_nan=False)) == result
 

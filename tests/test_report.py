@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from bridgexfer.statistics import false_rate
 from bridgexfer.study import plots, report
 from bridgexfer.study.report import Claim, agrees, caution, conclude, judge, only, ordered, plus_minus, printed
 from bridgexfer.study.report import published, quoted, show_table, standing, wide
@@ -113,7 +114,7 @@ def test_plus_minus():
 # ---- claims
 
 def test_claims_are_judged_by_case_and_beside_the_paper():
-    table = report.measured(runs(vanilla=4, mixed=2, bridged_pp=9))
+    table = report.measured(runs(vanilla=4, mixed=0, bridged_pp=9))
     paper = printed("tab2").loc["mixed"] - printed("tab2").loc["vanilla"]
     claims = [Claim("1. worse", only(table, pipeline="mixed"), "worse", {0: paper}),
               Claim("2. better", only(table, pipeline="mixed")), Claim("3. all", table)]
@@ -122,21 +123,64 @@ def test_claims_are_judged_by_case_and_beside_the_paper():
     assert judged["paper: supported"].tolist() == ["10 of 10", "", "", "", "", ""]
     said = conclude(judged).splitlines()
     assert "**supported** (supported in 4 of 4" in said[0] and "**contradicted** (supported in 0 of 4" in said[1]
-    assert "**supported in part and contradicted in part**" in said[2]
+    assert "**supported in part** and **contradicted in part**" in said[2]
+
+
+def case(dataset, difference, shots=0, **more):
+    verdict = "inconclusive" if abs(difference) < 2 else "better" if difference > 0 else "worse"
+    return dict(dataset=dataset, arch="net", shots=shots, difference=difference, se=1., df=8., verdict=verdict, n=3,
+                draws=3) | more
+
+
+def test_an_inconclusive_case_is_compatible_if_its_sign_is_as_predicted():
+    cases = pd.DataFrame([case("a", 1), case("b", -1), case("c", 3), case("d", -3), case("e", 1, draws=1)])
+    words = ["compatible", "open", "supported", "contradicted", "open"]
+    assert Claim("x", cases).judged().standing.tolist() == words
+    assert Claim("x", cases, "worse").judged().standing.tolist() == ["open", "compatible", *words[:1:-1][1:], "open"]
+    assert Claim("x", cases.drop(columns="difference")).judged().standing[0] == "open"
+
+
+def test_a_claim_over_datasets_is_corrected_for_the_claims_beside_it():
+    gains = {"a": 10., "b": 11., "c": 12., "d": 10.5}
+    good = pd.DataFrame([case(d, g) for d, g in gains.items()])
+    weak = good.assign(difference=[10., 2., 3., 12.])
+    alone = judge([Claim("weak", weak)])
+    assert alone["on average"].tolist() == ["compatible"] or float(alone["p (Holm)"][0]) < .05
+    both = judge([Claim("weak", weak), Claim("good", good), Claim("opposite", good, "worse"), Claim("one", good[:1])])
+    assert both["on average"].tolist() == ["compatible", "supported", "contradicted", ""]
+    assert float(both["p (Holm)"][0]) >= float(alone["p (Holm)"][0])
+    assert "By the mean over datasets: supported (net, full-shot: p = " in conclude(both).splitlines()[1]
+    assert "By the mean" not in conclude(both).splitlines()[3]
+
+
+def test_cases_of_one_dataset_count_once_in_the_mean_over_datasets():
+    cases = pd.DataFrame([case("a", 1), case("a", 3), case("b", 6)])
+    mean = report.average(cases)
+    assert mean.difference == 4 and mean.n == 2 and report.average(cases.drop(columns="se")) is None
 
 
 @pytest.mark.parametrize(("cases", "word"), [
-    ((3, 0, 0), "**supported**"), ((0, 3, 0), "**contradicted**"), ((0, 0, 3), "**open**"),
-    ((1, 0, 2), "**supported in part**, for the rest open"), ((0, 1, 2), "**contradicted in part**, for the rest open"),
-    ((1, 1, 1), "**supported in part and contradicted in part**")])
+    ((3, 0, 0, 0), "**supported**"), ((0, 3, 0, 0), "**contradicted**"), ((0, 0, 0, 3), "**open**"),
+    ((0, 0, 3, 0), "**compatible**"), ((0, 0, 1, 2), "**compatible or open**"),
+    ((1, 0, 0, 2), "**supported in part**, for the rest open"),
+    ((0, 1, 1, 2), "**contradicted in part**, for the rest compatible or open"),
+    ((1, 1, 0, 0), "**supported in part** and **contradicted in part**"),
+    ((1, 1, 0, 1), "**supported in part** and **contradicted in part**, for the rest open")])
 def test_a_claim_has_no_threshold_of_its_own(cases, word):
     assert standing(*cases) == word
 
 
-def test_a_printed_number_is_open_with_one_seed():
+def test_a_printed_number_is_open_with_one_seed_or_one_set():
     row = pd.Series(dict(low=4., high=8., n=1))
     assert agrees(row, 5) == agrees(row, 9) == agrees(row, 1, over=True) == "open"
-    assert agrees(row.replace(1, 3), 8, over=True) == "contradicted"
+    assert agrees(row.replace(1, 3), 8, over=True) == "compatible"
+    assert agrees(row.replace(1, 3), 9, over=True) == "contradicted"
+    assert agrees(pd.Series(dict(low=4., high=8., n=3, draws=1)), 5) == "open"
+
+
+def test_a_wide_interval_supports_no_number():
+    assert agrees(pd.Series(dict(low=-4., high=60., n=3)), 53) == "compatible"
+    assert agrees(pd.Series(dict(low=40., high=60., n=3)), 53) == "supported"
 
 
 def test_caution_counts_every_comparison_of_a_page():
@@ -145,6 +189,28 @@ def test_caution_counts_every_comparison_of_a_page():
     assert "There are 4 comparisons" in caution(table) and "There are 8 comparisons" in caution(twice)
     assert "There are 12 comparisons" in caution(table, twice)
     assert "no refutation" in caution(table) and "no refutation" not in caution(table.assign(dataset="cars"))
+
+
+def test_caution_says_what_chance_gives_and_what_would_have_been_missed():
+    table = pd.DataFrame([case("digits", 1., detectable=d) for d in (2., 3., 7.)])
+    said = caution(table, pd.DataFrame([case("digits", 1., verdict_web="worse")]))
+    assert f"up to {5 * false_rate(3):.1f} would" in said and f"({false_rate(3):.1%} at 3 independent" in said
+    assert "smaller than ± 3.0 points" in said and "2.0 to 7.0 points" in said
+    blocked = caution(table.assign(draws=[1, 12, 4], n=12))
+    assert f"{false_rate(4):.1%} at 4 independent" in blocked and "1 comparison between synthetic sets" in blocked
+    assert "one seed" in caution(table.assign(n=1, draws=1, detectable=np.nan))
+
+
+def test_a_contrast_has_the_metric_of_its_runs_and_knows_their_sets():
+    "A class of eight images and two classes of one: mean per-class accuracy weighs them alike."
+    frame = only(runs(vanilla=0, mixed=8), dataset="digits", shots=0)
+    labels = [0] * 8 + [1, 2]
+    per_class = frame.assign(metric="mean_per_class", labels=[labels] * 6,
+                             predictions=[[0] * 10 if p == "mixed" else [9] * 10 for p in frame.pipeline])
+    found = report.contrast(per_class, {"mixed": 1, "vanilla": -1})
+    assert math.isclose(found.difference, 1 / 3)
+    sets = np.where(frame.pipeline == "mixed", "set " + (frame.seed % 2).astype(str), "")
+    assert report.contrast(frame.assign(synthetic=sets), {"mixed": 1, "vanilla": -1}).draws == 2
 
 
 # ---- figures

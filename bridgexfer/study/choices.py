@@ -165,7 +165,7 @@ GENERATION = (
     Choice("real images as a set", "study.grid:web_images", "assumed", "for the control of retrieval, which is ours"),
 )
 
-# %% ../../nbs/study/10_choices.ipynb #93952ff8
+# %% ../../nbs/study/10_choices.ipynb #03dd0361
 INVERSION = (
     Choice("weight decay of AdamW", "torch.optim:AdamW(weight_decay)", "assumed",
            "not stated; PyTorch's default, as in the code of Textual Inversion"),
@@ -179,8 +179,9 @@ INVERSION = (
 CLIP_TUNING = (
     *(Choice(f"{name} of CLIP tuning", f"clip_tuning:ClipSpec.{name}", "assumed", "not stated; He et al.'s code")
       for name in ("lr", "epochs", "weight_decay", "temperature", "clip_norm", "templates")),
-    Choice("batch of CLIP tuning", "clip_tuning:ClipSpec.batch", "paper", "real images; appendix E, of He et al."),
-    Choice("synthetic_batch of CLIP tuning", "clip_tuning:ClipSpec.synthetic_batch", "paper", "as `batch`"),
+    Choice("batch of CLIP tuning", "clip_tuning:ClipSpec.batch", "assumed",
+           "of real images; He et al.'s, as appendix E says"),
+    Choice("synthetic_batch of CLIP tuning", "clip_tuning:ClipSpec.synthetic_batch", "assumed", "as `batch`"),
     Choice("loss of synthetic images", "clip_tuning:synthetic_loss", "assumed", "not stated; He et al.'s code"),
     Choice("pipelines of CLIP tuning", "clip_tuning:CLIP_PIPELINES", "paper", "Table 7", names),
 )

@@ -121,6 +121,7 @@ def tuning(study: Study, dataset: str, arch: str) -> list[Trial]:
             trials += [(run, v) for v in values]
     return trials
 
+# %% ../../nbs/study/05_costs.ipynb #335ec8df
 class Wanted(NamedTuple):
     "A run that a sweep asks for."
     sweep: str # a key of `SWEEPS`, or "tuning"
@@ -129,6 +130,7 @@ class Wanted(NamedTuple):
     dataset: str
     values: dict[str, float] | None = None # of hyper-parameters, while they are searched
 
+# %% ../../nbs/study/05_costs.ipynb #f165966d
 def wanted_runs(study: Study) -> list[Wanted]: # in the order in which costs are booked
     "Every run of a profile."
     runs = []

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SWEEPS', 'FROM_REAL', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES', 'LISTED', 'MESSAGES', 'PAGES', 'Profile',
-           'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'Sets', 'subset', 'strength', 'Specs', 'SetSpecs', 'web_images',
-           'Runs', 'Trainings', 'Choices', 'Tuning', 'is_resource', 'decides', 'Job', 'contents', 'set_jobs',
-           'set_manifests', 'sweep_jobs', 'other_jobs', 'Page', 'page_of', 'Study', 'near', 'command', 'job_command',
-           'page_command', 'resources', 'state', 'job_state', 'page_state', 'gather']
+           'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'Sets', 'subset', 'strength', 'Specs', 'SetSpecs',
+           'web_images', 'Runs', 'Trainings', 'Choices', 'RunSpecs', 'Tuning', 'is_resource', 'decides', 'Job',
+           'contents', 'set_jobs', 'set_manifests', 'sweep_jobs', 'other_jobs', 'Page', 'page_of', 'Results', 'Study',
+           'near', 'command', 'job_command', 'page_command', 'resources', 'state', 'job_state', 'page_state', 'gather']
 
 # %% ../../nbs/study/02_grid.ipynb #5af956c5
 import json
@@ -120,12 +120,17 @@ SWEEPS = {
     "clip": Sweep(_clip, "clip_datasets", archs="", rule="clip"),
 }
 
+# %% ../../nbs/study/02_grid.ipynb #cc0a4842
+def _seeded(run: Run, seed: int) -> Run:
+    "A run with a seed; without synthetic images, it does not say how they would be made."
+    counted = run.uses or pipeline(run.pipeline).match_compute # equal compute counts images that it does not use
+    return replace(run, seed=seed) if counted else Run(run.pipeline, run.shots, seed)
+
 # %% ../../nbs/study/02_grid.ipynb #147d8856
 class Grid(Profile):
     "The runs of a profile."
     @property
-    def offline(self) -> bool: # no hub is asked
-        return self.settings.model == "miniature"
+    def offline(self) -> bool: return self.settings.model == "miniature" # no hub is asked
     @property
     def datasets(self) -> tuple[str, ...]: return tuple(map(str, self.settings.datasets))
     @property
@@ -162,11 +167,6 @@ class Grid(Profile):
         every = dict.fromkeys(seed for some in seeds.values() for seed in some)
         return list(dict.fromkeys(_seeded(r, seed) for seed in every for r in runs if seed in seeds[r]))
 
-def _seeded(run: Run, seed: int) -> Run:
-    "A run with a seed; without synthetic images, it does not say how they would be made."
-    counted = run.uses or pipeline(run.pipeline).match_compute # equal compute counts images that it does not use
-    return replace(run, seed=seed) if counted else Run(run.pipeline, run.shots, seed)
-
 # %% ../../nbs/study/02_grid.ipynb #ca4c54dc
 def _shared_by(run: Run) -> tuple[int | float | str | Run, ...]:
     "What runs that must stay together have in common."
@@ -193,6 +193,15 @@ class SetKey:
     shots: int # of the real images that it may depend on: 0 is all; 0 where it depends on none
     seed: int
 
+# %% ../../nbs/study/02_grid.ipynb #b207f723
+def set_seed(s: Settings,
+             seed: int, # of a run
+            ) -> int:
+    "The seed of the synthetic set that a seed's runs take."
+    if s.sets == 1: return s.seeds[0]
+    first = s.tuning_seeds[0] if seed in (*s.tuning_seeds, *s.few_tuning_seeds) else s.seeds[0]
+    return first + (seed - first) % s.sets
+
 # %% ../../nbs/study/02_grid.ipynb #bd962baf
 class Sets(Grid):
     "The synthetic sets of a profile's runs."
@@ -201,18 +210,11 @@ class Sets(Grid):
         n = self.settings.jobs_per_sweep
         return {f"{i}of{n}": part for i, part in enumerate(cut(runs, n), 1) if part}
 
-    def set_seed(self, seed: int) -> int:
-        "The seed of the synthetic set that a seed's runs take."
-        s = self.settings
-        if s.sets == 1: return s.seeds[0]
-        first = s.tuning_seeds[0] if seed in (*s.tuning_seeds, *s.few_tuning_seeds) else s.seeds[0]
-        return first + (seed - first) % s.sets
-
     def set_key(self, run: Run) -> SetKey | None: # None: the run uses no generated images
         "The set that a run takes its images from."
         if not run.uses or run.synthesis == "web": return None
         shots = run.shots if run.synthesis in FROM_REAL else 0
-        return SetKey(run.synthesis, run.guidance, shots, run.seed if shots else self.set_seed(run.seed))
+        return SetKey(run.synthesis, run.guidance, shots, run.seed if shots else set_seed(self.settings, run.seed))
 
     def group(self, run: Run, dataset: str) -> tuple[str, str] | None: # group; the vocabulary or dataset it belongs to
         "The group that a run's set is made in."
@@ -318,7 +320,8 @@ class Runs(SetSpecs):
     def synthetic_hash(self, data: Dataset, run: Run) -> str: # "" if it uses none
         "What a run's synthetic images are called in its spec."
         if not run.uses: return ""
-        if run.synthesis == "web": return f"web-{stable_hash(WEB_VERSION, self.set_seed(run.seed), *data.info.names):016x}"
+        seed = set_seed(self.settings, run.seed)
+        if run.synthesis == "web": return f"web-{stable_hash(WEB_VERSION, seed, *data.info.names):016x}"
         return spec_hash(self.synthesis(data, self.set_key(run)))
 
     def images(self, data: Dataset, run: Run, device: str = "cpu") -> Images | None: # device: to repair on
@@ -326,7 +329,7 @@ class Runs(SetSpecs):
         if not run.uses: return None
         size = self.settings.stored_size
         if run.synthesis == "web":
-            return web_images(data.info.names, run.per_class, self.set_seed(run.seed), size)
+            return web_images(data.info.names, run.per_class, set_seed(self.settings, run.seed), size)
         folder = self.runs_dir/"synthetic"/self.synthetic_hash(data, run)
         if not (folder/"spec.json").exists():
             group, key = self.group(run, data.info.name)
@@ -348,14 +351,13 @@ class Trainings(Runs):
     "How the runs of a profile are trained, given what is searched."
     def axes(self, name: str, shots: int) -> dict[str, Axis]: # name: of a pipeline
         "What is searched for a pipeline, the learning rate first."
-        s, p = self.settings, pipeline(name)
+        s = self.settings
+        p = pipeline(name)
         axes = {"lr": Axis(s.lrs, widens=len(s.lrs) > 1)}
         if p.bridged: axes |= {"stage1_lr": Axis(s.stage1_lrs, widens=len(s.stage1_lrs) > 1),
                                "stage1_epochs": Axis(s.stage1_epochs)}
-        if p.mixed:
-            repeats = s.few_repeats if shots else s.repeats
-            axes |= {"epochs": Axis(s.mixed_few_epochs if shots else s.mixed_epochs),
-                     "repeats": Axis(repeats, widens=len(repeats) > 1, least=1)}
+        if p.mixed: axes |= {"epochs": Axis(s.mixed_few_epochs if shots else s.mixed_epochs),
+                             "repeats": Axis(s.few_repeats if shots else s.repeats)}
         return axes
 
     def start(self, name: str, shots: int) -> dict[str, float]: # name: of a pipeline
@@ -373,7 +375,7 @@ class Trainings(Runs):
 
 # %% ../../nbs/study/02_grid.ipynb #9d2dabbe
 class Choices(Trainings):
-    "The hyper-parameters that the search chose, and the specs that they complete."
+    "The hyper-parameters that the search chose."
     @property
     def tuned_path(self) -> Path: # of the whole study, also when it is narrowed
         "The table that `make tune` writes."
@@ -401,6 +403,9 @@ class Choices(Trainings):
         epochs = self.epochs(run, values, length, ratio)
         return FinetuneSpec(bridge["stage1_lr"], length, **how), FinetuneSpec(values["lr"], epochs, **how)
 
+# %% ../../nbs/study/02_grid.ipynb #d1e42775
+class RunSpecs(Choices):
+    "The specs of runs."
     def spec(self, data: Dataset, arch: str, run: Run,
              values: dict[str, float] | None = None, # of hyper-parameters, by axis; None: those that were chosen
              split: str = "test", # or "validation"
@@ -414,7 +419,7 @@ class Choices(Trainings):
         return transfer_spec(run, data, arch, stages, synthetic, self.settings.mixup, repeats=repeats, split=split)
 
 # %% ../../nbs/study/02_grid.ipynb #4d1a25b3
-class Tuning(Choices):
+class Tuning(RunSpecs):
     "The search for hyper-parameters."
     def tuned_cells(self, dataset: str, arch: str) -> list[tuple[str, int]]: # pipeline and shots; full-shot first
         "What hyper-parameters are chosen for, on a dataset with a backbone."
@@ -447,9 +452,9 @@ class Tuning(Choices):
 # %% ../../nbs/study/02_grid.ipynb #a72f6873
 PATHS = ("profile", "runs", "figures", "data")
 RESOURCES = ("gpu", "cores", "memory", "hours", "jobs_per_sweep") # and `generate_hours`, `core_memory` and the like
-LISTED = ("datasets", "archs", "more_archs", "pipelines", "arch_pipelines", "seeds", "few_seeds", "sweep_seeds", "shots", "few_shots",
-          "style_shots", "class_shots", "clip_shots", "images", "sweep_images", "more_images", "mixed_images",
-          "volumes", "guidances")
+LISTED = ("datasets", "archs", "more_archs", "pipelines", "arch_pipelines", "seeds", "few_seeds", "sweep_seeds",
+          "shots", "few_shots", "style_shots", "class_shots", "clip_shots", "images", "sweep_images", "more_images",
+          "mixed_images", "volumes", "guidances")
 
 def is_resource(key: str) -> bool: return any(key == r or key.endswith(f"_{r}") for r in RESOURCES)
 
@@ -577,7 +582,8 @@ PAGES = (
     Page("tab6_fixed_features", ("fixed",)), Page("tab7_clip", ("clip",)),
     Page("transferability_ranks", ("transferability", "core")), Page("control_compute", ("controls",)),
     Page("control_regularisers", ("controls",)), Page("control_synthetic", ("controls", "shots")),
-    Page("control_mixing", ("controls",)), Page("control_retrieval", ("controls",)),
+    Page("control_labels", ("controls",)), Page("control_mixing", ("controls",)),
+    Page("control_retrieval", ("controls",)),
     Page("control_inversion", ("style", "alignment")), Page("control_distance", ("alignment",)),
 )
 
@@ -589,8 +595,42 @@ def page_of(table: str, # the name of a table, such as "fig04_few_shot_change"
     if not found: raise ValueError(f"No page makes the table {table}: there are {', '.join(p.name for p in PAGES)}.")
     return max(found, key=lambda p: len(p.name))
 
+# %% ../../nbs/study/02_grid.ipynb #fb252c79
+def _within(frame: "pd.DataFrame", gap: dict[str, object]) -> "pd.Series": # of booleans
+    "The records of a gap's task and pipeline."
+    keys = ["dataset", "arch", "pipeline", "shots"]
+    if Run(gap["pipeline"], 0, 0).uses: keys += ["per_class", "synthesis", "guidance"]
+    return (frame[keys] == [gap[k] for k in keys]).all(axis=1)
+
+# %% ../../nbs/study/02_grid.ipynb #ab719953
+class Results(Tuning):
+    "The records that the jobs left."
+    def _read_for(self, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]: # datasets, backbones
+        "What a folder of manifests is about."
+        known = {"transferability": (self.datasets, self.archs), "tune": (self.datasets, self.all_archs),
+                 "alignment": (self.datasets_of("style"), ("clip",))}
+        return known[folder] if folder in known else (self.datasets_of(folder), self.archs_of(folder))
+
+    def gaps(self, folder: str) -> list[dict[str, object]]: # of each its run's fields, dataset, arch, and why
+        "What has no result in a sweep."
+        datasets, archs = self._read_for(folder)
+        paths = {(d, a): job_path(self.runs_dir, folder, d, a) for d in datasets for a in archs}
+        manifests = {task: read_json(path).get("gaps", ()) for task, path in paths.items()}
+        return [gap | dict(dataset=d, arch=a) for (d, a), gaps in manifests.items() for gap in gaps]
+
+    def read(self, folder: str, # of manifests: a sweep, or "transferability", "alignment", "tune"
+            ) -> "pd.DataFrame": # one row per record; `attrs["gaps"]` says what is missing and why
+        "The records of a sweep or another job; where one seed has no result, the others are left out as well."
+        datasets, archs = self._read_for(folder)
+        made_by = {"core": "make study", "transferability": "make study", "tune": "make tune"}
+        frame = read_jobs(self.runs_dir, folder, datasets, archs, made_by.get(folder, "make paper"))
+        gaps = self.gaps(folder)
+        for gap in gaps: frame = frame[~_within(frame, gap)]
+        frame.attrs["gaps"] = list(dict.fromkeys(gap["why"] for gap in gaps))
+        return frame
+
 # %% ../../nbs/study/02_grid.ipynb #57531bb0
-class Study(Tuning):
+class Study(Results):
     "One profile of the study."
     @cached_property
     def _jobs(self) -> tuple[Job, ...]:
@@ -613,15 +653,6 @@ class Study(Tuning):
     def pages(self) -> list[Page]:
         "The pages whose subject the profile has."
         return [p for p in PAGES if all(self.manifests(word) for word in p.reads)]
-
-    def read(self, folder: str, # of manifests: a sweep, or "transferability", "alignment", "tune"
-            ) -> "pd.DataFrame": # one row per record
-        "The records of a sweep or another job, for all its datasets and backbones."
-        known = {"transferability": (self.datasets, self.archs), "tune": (self.datasets, self.all_archs),
-                 "alignment": (self.datasets_of("style"), ("clip",))}
-        datasets, archs = known[folder] if folder in known else (self.datasets_of(folder), self.archs_of(folder))
-        made_by = {"core": "make study", "transferability": "make study", "tune": "make tune"}
-        return read_jobs(self.runs_dir, folder, datasets, archs, made_by.get(folder, "make paper"))
 
 # %% ../../nbs/study/02_grid.ipynb #ff879e4f
 def _options(parameters: dict[str, str]) -> str:

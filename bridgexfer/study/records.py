@@ -158,6 +158,7 @@ def spec_columns(spec: dict[str, Any]) -> dict[str, Any]: # spec: of a record
     if spec.get("bridge"): found["bridge"] = address("BridgeSpec", spec["bridge"])
     return found
 
+# %% ../../nbs/study/01_records.ipynb #a7cb4671
 def to_frame(records: list[dict[str, Any]], # from `read_job`
             ) -> "pd.DataFrame": # one row per record
     "Records as a table: the spec's words and numbers, and all of the result."
@@ -210,6 +211,7 @@ def read_choices(folder: str | Path, # the profile's runs
 class NoChoice(ValueError):
     "Nothing was chosen, because every candidate diverged."
 
+# %% ../../nbs/study/01_records.ipynb #f3ab440d
 def read_choice(path: str | Path, # tab5_learning_rates.csv of the profile's figures
                 dataset: str,
                 arch: str,

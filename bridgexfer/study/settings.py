@@ -27,7 +27,7 @@ LISTS = ("datasets", "archs", "pipelines", "shots", "seeds", "lrs", "few_shots",
          "guidances", "guidance_datasets", "style_datasets", "style_shots", "class_datasets", "class_shots",
          "mixed_images", "more_archs", "arch_pipelines", "arch_style_datasets", "fixed_datasets", "clip_datasets",
          "clip_shots", "few_seeds", "sweep_seeds", "tuning_seeds", "few_tuning_seeds", "stage1_lrs", "stage1_epochs",
-         "mixed_epochs", "mixed_few_epochs", "repeats", "few_repeats")
+         "mixed_epochs", "mixed_few_epochs", "repeats", "few_repeats", "clip_lrs")
 
 def parse(text: str) -> int | float | str:
     "A word as the number it spells, or as itself."
