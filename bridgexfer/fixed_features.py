@@ -258,7 +258,7 @@ def _table(s: TransferSpec,
     return cached_features(root, spec, lambda: features(model, images, device=device))
 
 # %% ../nbs/library/14_fixed_features.ipynb #12f59f31
-def fixed_transfer(specs: list[TransferSpec], # on the same features; they differ in pipeline, seed and lr
+def fixed_transfer(specs: list[TransferSpec], # on the same features; they differ in pipeline, seed, lr
                    train: Images, # real training images, already the subset that shots names
                    test: Images, # the split that the specs name
                    root: str | Path, # features are kept in folders below
