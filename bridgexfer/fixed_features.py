@@ -277,6 +277,7 @@ def fixed_transfer(specs: list[TransferSpec], # on the same features; they diffe
     seeds = [stable_hash(s.seed, "stage 2") for s in specs]
     heads, curves = train_heads(x, train.labels, [s.finetune for s in specs], seeds, starts, device, label)
     results = [head_result(z, head, test.labels, s.metric) for head in heads]
-    for s, r in zip(specs, results): check_finite(r["loss"], f"a head on {s.split} images", s.finetune.epochs, s.finetune)
+    for s, r in zip(specs, results):
+        check_finite(r["loss"], f"a head on {s.split} images", s.finetune.epochs, s.finetune)
     seconds = round((time() - started) / len(specs), 2)
     return [dict(**result, curve=curve, seconds=seconds) for result, curve in zip(results, curves)]
