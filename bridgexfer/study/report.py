@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CORRECTED', 'TASK', 'MARKS', 'Rows', 'ROWS', 'BY', 'HOW_TO_READ', 'TESTED', 'STANDINGS', 'LEVEL', 'HOW_JUDGED',
            'OVER_DATASETS', 'FOREIGN', 'published', 'printed', 'quoted', 'paper_classes', 'percent', 'differences',
-           'measured', 'against', 'ordered', 'only', 'blocks', 'contrast', 'plus_minus', 'mean_text', 'gap', 'label',
-           'named', 'wide', 'listing', 'say', 'numbers', 'power', 'show_measured', 'show_block', 'show_table', 'beside',
-           'plus_minus_printed', 'counted', 'span', 'listed', 'subject', 'ran', 'compared', 'claim_standing',
-           'case_standing', 'Claim', 'agrees', 'average', 'judge_block', 'judge', 'standing', 'conclude', 'show_claims',
-           'chance', 'caution', 'Examples', 'spaced', 'real_examples', 'made_examples']
+           'views', 'measured', 'against', 'ordered', 'only', 'blocks', 'contrast', 'plus_minus', 'mean_text', 'gap',
+           'label', 'named', 'wide', 'listing', 'say', 'counted', 'span', 'listed', 'numbers', 'power', 'seen',
+           'show_measured', 'show_block', 'show_table', 'beside', 'plus_minus_printed', 'subject', 'ran', 'compared',
+           'claim_standing', 'case_standing', 'Claim', 'agrees', 'average', 'judge_block', 'judge', 'standing',
+           'conclude', 'show_claims', 'chance', 'caution', 'Examples', 'spaced', 'real_examples', 'made_examples']
 
 # %% ../../nbs/study/04_report.ipynb #1b5fe307
 from collections.abc import Callable, Iterable, Sequence
@@ -79,6 +79,16 @@ def differences(runs: pd.DataFrame, # records, one row per run
     "Paired differences to a baseline, in points."
     return percent(compare(runs, by, baseline, column))
 
+# %% ../../nbs/study/04_report.ipynb #27cbf4d1
+def views(runs: pd.DataFrame, # records, one row per run
+          by: Sequence[str], # columns that name a cell of the table
+         ) -> pd.DataFrame: # `by`, views
+    "How often a run sees each of its real images: epochs times repeats."
+    epochs = runs["epochs"] if "epochs" in runs else np.nan
+    repeats = runs["repeats"] if "repeats" in runs else 1
+    seen = runs.assign(views=epochs * repeats)
+    return seen.groupby(list(by), sort=False)["views"].first().reset_index()
+
 # %% ../../nbs/study/04_report.ipynb #32aff706
 def measured(runs: pd.DataFrame, # records, one row per run
              by: Sequence[str] = TASK, # columns that name a task
@@ -87,7 +97,8 @@ def measured(runs: pd.DataFrame, # records, one row per run
             ) -> pd.DataFrame: # `by`, `column`, mean, sd, n, and the fields of `Difference`
     "Means and paired differences of a task's runs, in percent."
     found = differences(runs, by, baseline, column).drop(columns="n").astype({column: runs[column].dtype})
-    return percent(summary(runs, [*by, column])).merge(found, how="left", on=[*by, column])
+    table = percent(summary(runs, [*by, column])).merge(found, how="left", on=[*by, column])
+    return table.merge(views(runs, [*by, column]), how="left", on=[*by, column])
 
 # %% ../../nbs/study/04_report.ipynb #c2e00a9a
 def against(runs: pd.DataFrame, # records, one row per run
@@ -217,6 +228,26 @@ def say(*paragraphs: str, # Markdown
     from IPython.display import Markdown, display
     display(Markdown("\n\n".join(p for p in paragraphs if p)))
 
+# %% ../../nbs/study/04_report.ipynb #645e0afc
+def counted(n: int,
+            thing: str, # one of them
+           ) -> str:
+    "A number of things: '1 seed', '3 seeds'."
+    return f"{n} {thing}{'' if n == 1 else 's'}"
+
+# %% ../../nbs/study/04_report.ipynb #77804dca
+def span(values: Iterable[float],
+         form: str = ".1f", # of a number
+        ) -> str:
+    "The least and the greatest of some numbers: '1.2 to 3.4'."
+    values = list(values)
+    return " to ".join(dict.fromkeys(format(v, form) for v in (min(values), max(values))))
+
+# %% ../../nbs/study/04_report.ipynb #a2a7d7aa
+def listed(datasets: Iterable[str]) -> str:
+    "Datasets by their names, each once."
+    return ", ".join(dict.fromkeys(map(short_name, datasets)))
+
 # %% ../../nbs/study/04_report.ipynb #6f37a525
 def numbers(tables: Iterable[pd.DataFrame],
             start: str, # of the columns' names
@@ -235,9 +266,17 @@ def power(*tables: pd.DataFrame, # with columns that begin with `detectable`
             f"five (the median of the comparisons; from {least.min():.1f} to {least.max():.1f} points).")
 
 # %% ../../nbs/study/04_report.ipynb #616a7f1e
-HOW_TO_READ = ("Test accuracy in %, mean ± standard deviation over n = {n} seeds. A mark says that {what} is better "
+HOW_TO_READ = ("Test accuracy in %, mean ± standard deviation over {n} seeds. A mark says that {what} is better "
                "(+) or worse (−) than {against}: the 95 % interval of the paired difference, over seeds and test "
                "images, does not contain 0. No mark means inconclusive.")
+
+def seen(table: pd.DataFrame, # from `measured`
+        ) -> str: # a sentence; empty where it is not known
+    "How often pipelines see a real image."
+    if "pipeline" not in table or table["views"].isna().all(): return ""
+    of = {p: span(c["views"].dropna(), ".0f") for p, c in table.groupby("pipeline", sort=False) if c["views"].any()}
+    counts = ", ".join(f"{label(p)} {times}" for p, times in of.items())
+    return f"How many times a run sees each real image: {counts}."
 
 def show_measured(table: pd.DataFrame, # from `measured`
                   rows: Sequence[str] = BY, # columns, as `wide` takes them
@@ -247,11 +286,11 @@ def show_measured(table: pd.DataFrame, # from `measured`
                  ):
     "A measured table for people: means, then differences, each with what its marks mean."
     from IPython.display import display
-    say(HOW_TO_READ.format(n=table["n"].max(), what=what, against=against))
+    say(HOW_TO_READ.format(n=span(table["n"], "d"), what=what, against=against))
     display(wide(table, rows, mean_text, names))
     say(f"The differences to {against} in points, with their 95 % intervals:")
     display(wide(table, rows, gap, names))
-    say(power(table))
+    say(power(table), seen(table))
 
 # %% ../../nbs/study/04_report.ipynb #2437dd7b
 def show_block(cell: pd.DataFrame, # a table of pipelines, of one backbone and number of shots
@@ -306,26 +345,6 @@ def plus_minus_printed(table: str, # "tab2" or "tab3"
     spread = printed(table, "spread")
     return printed(table).apply(lambda column: [plus_minus(m, sd) for m, sd in zip(column, spread[column.name])])
 
-# %% ../../nbs/study/04_report.ipynb #645e0afc
-def counted(n: int,
-            thing: str, # one of them
-           ) -> str:
-    "A number of things: '1 seed', '3 seeds'."
-    return f"{n} {thing}{'' if n == 1 else 's'}"
-
-# %% ../../nbs/study/04_report.ipynb #77804dca
-def span(values: Iterable[float],
-         form: str = ".1f", # of a number
-        ) -> str:
-    "The least and the greatest of some numbers: '1.2 to 3.4'."
-    values = list(values)
-    return " to ".join(dict.fromkeys(format(v, form) for v in (min(values), max(values))))
-
-# %% ../../nbs/study/04_report.ipynb #a2a7d7aa
-def listed(datasets: Iterable[str]) -> str:
-    "Datasets by their names, each once."
-    return ", ".join(dict.fromkeys(map(short_name, datasets)))
-
 # %% ../../nbs/study/04_report.ipynb #037a7f4d
 def subject(study: "Study",
             sweep: str, # that a setting limits to some datasets, such as `volume_datasets`
@@ -348,6 +367,8 @@ def ran(study: "Study",
     "What was run."
     seeds = ", ".join(map(str, sorted(runs["seed"].unique())))
     said = "; ".join([counted(len(runs), thing), f"seeds {seeds}", *details])
+    gaps = runs.attrs.get("gaps", [])
+    if gaps: said += f"; left out are {counted(len(gaps), 'pipeline')} of which a run has no result ({' '.join(gaps)})"
     return (f"**What was run** (profile *{study.settings.profile}*): {said}. {how} The rest of this page is computed "
             "from these records; every sentence that depends on a measurement is written by code.")
 
