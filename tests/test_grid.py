@@ -11,7 +11,7 @@ from bridgexfer.generation import STRENGTHS
 from bridgexfer.images import as_images
 from bridgexfer.study.costs import Target, work_of
 from bridgexfer.study.grid import (FROM_REAL, PAGES, SWEEPS, SetKey, Study, decides, job_command, job_state, page_of,
-                                   page_state, resources, strength, subset, web_images)
+                                   page_state, resources, set_seed, strength, subset, web_images)
 from bridgexfer.synthetic_sets import SyntheticSet, generate
 from bridgexfer.transfer import PIPELINES, Pipeline, Run
 
@@ -53,11 +53,64 @@ def test_seeds_have_tokens_and_first_images_of_their_own_subsets(digits, synthes
 
 
 def test_shared_sets_never_show_a_run_more_than_its_images():
-    one = Study("miniature", set_per_seed="0")
+    one = Study("miniature", sets="1")
+    two = Study("miniature", sets="2")
     for synthesis in FROM_REAL:
-        assert one.set_key(Run("bridged_pp", 4, 2, 40, synthesis)).seed == 2
-        assert one.set_key(Run("bridged_pp", 0, 2, 40, synthesis)).seed == 0
+        for seed in (2, 101): # of a result and of the search
+            assert {s.set_key(Run("bridged_pp", 4, seed, 40, synthesis)).seed for s in (one, two)} == {seed}
+            assert one.set_key(Run("bridged_pp", 0, seed, 40, synthesis)).seed == 0
+        assert two.set_key(Run("bridged_pp", 0, 3, 40, synthesis)).seed == 1
     assert one.set_key(Run("bridged_pp", 4, 2, 40)) == one.set_key(Run("bridged_pp", 0, 1, 40))
+
+
+def test_seeds_take_sets_in_turn_and_the_search_has_its_own():
+    "By hand: with four sets, seeds 0, 4 and 8 share the first and seeds 100 and 104 the first of the search."
+    four = Study("miniature", sets="4", seeds="0 1 2 3", few_seeds="0 1 2 3 4 5 6 7 8 9", tuning_seeds="100 101 102",
+                 few_tuning_seeds="100 101 102 103 104").settings
+    assert [set_seed(four, seed) for seed in range(10)] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert [set_seed(four, seed) for seed in range(100, 105)] == [100, 101, 102, 103, 100]
+    one = Study("miniature", sets="1", seeds="5 6").settings
+    assert {set_seed(one, seed) for seed in (5, 6, 7, 100, 104)} == {5}
+    many = Study("miniature", sets="50").settings
+    assert all(set_seed(many, seed) == seed for seed in (0, 11, 100, 103))
+
+
+@pytest.mark.parametrize("profile", ["miniature", "evening", "paper", "smoke"])
+def test_the_search_shares_no_set_and_no_seed_with_a_result(profile):
+    "Unless there is one set for all; whose images no real image has gone into."
+    study = Study(profile)
+    s = study.settings
+    searched = {*study.tuning_seeds(0), *study.tuning_seeds(4)}
+    used = {seed for sweep in SWEEPS for shots in (0, 4) for seed in study.seeds_of(sweep, shots)}
+    assert not searched & used
+    if s.sets > 1: assert not {set_seed(s, seed) for seed in searched} & {set_seed(s, seed) for seed in used}
+
+
+def test_a_search_at_a_seed_of_the_study_is_rejected():
+    with pytest.raises(ValueError, match="Seed 100 is one of the study's: choose other tuning_seeds"):
+        Study("smoke", few_seeds="0 100").tuning_seeds(0)
+
+
+def test_few_shot_runs_have_the_seeds_of_their_regime():
+    study = Study("smoke", seeds="0 1", few_seeds="0 1 2 3", sweep_seeds="0 1 2")
+    def seeds_at(sweep, shots): return {r.seed for r in study.runs(sweep, "digits") if r.shots == shots}
+    seeds = {sweep: {k: seeds_at(sweep, k) for k in (0, 4)} for sweep in SWEEPS}
+    assert seeds["core"] == seeds["controls"] == {0: {0, 1}, 4: {0, 1, 2, 3}}
+    assert seeds["volume"] == seeds["style"] == {0: {0, 1}, 4: {0, 1, 2}}
+    core = study.runs("core", "digits")
+    assert [r.seed for r in core] == sorted(r.seed for r in core) # by seed
+    paper = Study("paper") # none of their own
+    assert {r.seed for r in paper.runs("core", "pets")} == set(paper.settings.seeds)
+
+
+def test_a_narrowed_study_is_a_part_of_the_whole():
+    "`make study SEEDS=` narrows every list of seeds; the runs that are left, and their sets, are those of the whole."
+    narrow = Study("miniature", **dict.fromkeys(("seeds", "few_seeds", "sweep_seeds"), "0 1"))
+    for sweep in SWEEPS:
+        whole = set(STUDY.runs(sweep, "digits"))
+        runs = narrow.runs(sweep, "digits")
+        assert set(runs) == {r for r in whole if r.seed in (0, 1)}
+        assert all(narrow.set_key(r) == STUDY.set_key(r) for r in runs)
 
 
 @pytest.mark.parametrize("profile", ["miniature", "smoke"])
@@ -97,7 +150,8 @@ def test_sweeps_vary_what_they_say():
     for sweep in SWEEPS:
         runs = STUDY.runs(sweep, "digits")
         compared = {r.shots for r in runs if r.pipeline == "vanilla"} | ({0} if sweep == "controls" else set())
-        assert {r.seed for r in runs} == set(S.seeds) and {r.shots for r in runs} <= compared
+        for r in runs: assert r.seed in STUDY.seeds_of(sweep, r.shots)
+        assert {r.shots for r in runs} <= compared
 
 
 def test_same_compute_is_that_of_the_core():

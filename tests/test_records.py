@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from bridgexfer.artefacts import write_json
-from bridgexfer.study.records import differing, find_record, job_path, read_job, read_jobs, read_manifest, record_path
-from bridgexfer.study.records import short_name, to_frame, write_job, write_record
+from bridgexfer.artefacts import as_dict, read_json, spec_hash, write_json
+from bridgexfer.finetune import FinetuneSpec
+from bridgexfer.study.records import (NoChoice, differing, find_record, job_path, read_choice, read_job, read_jobs,
+                                      read_manifest, record_path, short_name, to_frame, write_job, write_record)
+from bridgexfer.transfer import BridgeSpec, TransferSpec
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,54 @@ def test_frame_keeps_words_numbers_and_lists_of_the_result(tmp_path):
 def test_frame_rejects_two_values_for_one_column():
     with pytest.raises(ValueError, match="spec and result have different values for seed"):
         to_frame([{"kind": "leep", "hash": "0", "spec": {"seed": 0}, "result": {"seed": 1}}])
+
+
+def test_trainings_inside_a_spec_have_columns():
+    "The rate and the length of both stages, under names that tell them apart; what a run lacks is empty."
+    stage1 = FinetuneSpec(0.3, 30, mixup=0.2)
+    bridge = BridgeSpec("net", "w", "s", 60, 0, stage1)
+    def spec(name, training, **more):
+        return TransferSpec("pets", "a-b", "net", "w", name, 4, 0, training, "top1", **more)
+    specs = [spec("vanilla", FinetuneSpec(0.1, 60)), spec("mixed", FinetuneSpec(0.03, 20), repeats=3),
+             spec("bridged_pp", FinetuneSpec(0.01, 60), bridge=bridge), spec("synthetic", None, bridge=bridge)]
+    frame = to_frame([dict(kind="transfer", hash=spec_hash(s), spec=as_dict(s), result=RESULT) for s in specs])
+    frame = frame.set_index("pipeline")
+    columns = ["lr", "epochs", "repeats", "stage1_lr", "stage1_epochs", "stage1_mixup"]
+    missing = -1 # in place of NaN
+    assert frame[columns].fillna(missing).values.tolist() == [
+        [.1, 60, 1, missing, missing, missing], [.03, 20, 3, missing, missing, missing],
+        [.01, 60, 1, .3, 30, .2], [missing, missing, 1, .3, 30, .2]]
+    assert frame.bridge.dropna().tolist() == [spec_hash(bridge)] * 2 # the name of its folder
+    assert "finetune" not in frame and frame.seed.tolist() == [0] * 4
+
+
+def test_gaps_are_listed_beside_records(tmp_path):
+    path = write_record(tmp_path, "transfer", Spec("pets"), RESULT, {})
+    gap = dict(pipeline="mixed", shots=4, seed=1, why="it diverged")
+    job = write_job(job_path(tmp_path, "core", "pets", "net"), [path], [gap], choices=[1])
+    assert read_json(job) == dict(records=[f"records/transfer/{path.name}"], gaps=[gap], choices=[1])
+    assert len(read_job(job)) == 1
+
+
+def choices(path, *rows):
+    path.write_text("\n".join(["dataset,arch,pipeline,shots,lr,stage1_lr", *rows]) + "\n")
+    return path
+
+
+def test_a_choice_is_read_by_its_cell(tmp_path):
+    path = choices(tmp_path/"t.csv", "pets,net,bridged,0,0.1,0.3", "pets,net,bridged,4,0.01,0.03", "pets,net,mixed,4,,")
+    assert read_choice(path, "pets", "net", "bridged", 4, ["lr", "stage1_lr"]) == {"lr": .01, "stage1_lr": .03}
+    assert read_choice(path, "pets", "net", "bridged", 0, ["lr"]) == {"lr": .1}
+    with pytest.raises(NoChoice, match="diverged at every learning rate .* mixed on pets with net, 4-shot"):
+        read_choice(path, "pets", "net", "mixed", 4, ["lr"])
+    advice = "run `make tune`, or set `lr`"
+    with pytest.raises(ValueError, match=f"has no rate for vanilla on pets with net, 4-shot: {advice}"):
+        read_choice(path, "pets", "net", "vanilla", 4, ["lr"])
+    with pytest.raises(ValueError, match=f"has no repeats for bridged on pets with net, full-shot: {advice}"):
+        read_choice(path, "pets", "net", "bridged", 0, ["lr", "repeats"])
+    with pytest.raises(FileNotFoundError, match=advice): read_choice(tmp_path/"none.csv", "pets", "net", "mixed", 4, [])
+    path.write_text("dataset,arch,pipeline,lr,origin\npets,net,vanilla,0.1,tuned\n") # as it was before shots counted
+    with pytest.raises(ValueError, match=advice): read_choice(path, "pets", "net", "vanilla", 0, ["lr"])
 
 
 def test_two_processes_may_write_the_same_record(tmp_path):

@@ -1,4 +1,4 @@
-"""The search as a job, and runs without a result: nothing is chosen on test images, and a gap is listed with its reason."""
+"""The search as a job, and runs without a result: nothing is chosen on test images, and a gap has its reason."""
 import json
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -53,7 +53,8 @@ def result(record): return {k: v for k, v in record["result"].items() if k != "s
 def test_other_test_images_and_labels_change_no_choice(tmp_path, monkeypatch):
     "Not one number of any trial either; and what is measured on are validation images."
     digits = load_dataset("digits")
-    test = as_images(255 - digits.test.pixels, np.random.default_rng(0).permutation(digits.test.labels), digits.info.names)
+    labels = np.random.default_rng(0).permutation(digits.test.labels)
+    test = as_images(255 - digits.test.pixels, labels, digits.info.names)
     choices, records = searched(tmp_path/"a", digits, monkeypatch)
     again, others = searched(tmp_path/"b", replace(digits, test=test), monkeypatch)
     assert again == choices and [(c["pipeline"], c["shots"]) for c in choices] == CELLS
@@ -81,8 +82,8 @@ def overrides(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gaps")
     settings = SETTINGS | dict(runs=str(folder/"runs"), figures=str(folder/"figures"))
     study = Study("smoke", **settings)
-    rows = [dict(dataset="digits", arch=ARCH, pipeline=name, shots=4, lr=lr, stage1_lr=stage1, stage1_epochs=1, epochs=1,
-                 repeats=1) for name, (lr, stage1) in CHOSEN.items()]
+    shared = dict(dataset="digits", arch=ARCH, shots=4, stage1_epochs=1, epochs=1, repeats=1)
+    rows = [shared | dict(pipeline=name, lr=lr, stage1_lr=stage1) for name, (lr, stage1) in CHOSEN.items()]
     study.tuned_path.parent.mkdir(parents=True)
     pd.DataFrame(rows).to_csv(study.tuned_path, index=False)
     digits = study.load("digits")
@@ -109,8 +110,7 @@ def test_runs_that_diverge_are_gaps_and_the_others_have_records(overrides):
     why = {Run(**{k: v for k, v in gap.items() if k != "why"}): gap["why"] for gap in manifest["gaps"]}
     assert set(why) == runs and len(why) == len(manifest["gaps"]) == 4
     for run, reason in why.items():
-        said = "at learning rate 1e+38: choose a smaller one" if run.pipeline == "mixed" else "diverged at every learning rate"
-        assert said in reason
+        assert dict(mixed="at learning rate 1e+38: choose", bridged="diverged at every learning rate")[run.pipeline] in reason
 
 
 @pytest.mark.parametrize("n", [2, 4])
