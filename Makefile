@@ -20,7 +20,7 @@ SNAKEMAKE_ARGS ?= # more for snakemake, as in SNAKEMAKE_ARGS="--default-resource
 STAMP   := .venv/.complete
 RUN     := PATH="$(CURDIR)/.venv/bin:$$PATH"
 NARROW  := $(strip $(if $(strip $(DATASETS)),datasets="$(strip $(DATASETS))") $(if $(strip $(ARCHS)),archs="$(strip $(ARCHS))") \
-  $(if $(strip $(IMAGES)),images="$(strip $(IMAGES))") $(if $(strip $(SEEDS)),seeds="$(strip $(SEEDS))") $(if $(strip $(SHOTS)),shots="$(strip $(SHOTS))") $(SET))
+  $(if $(strip $(IMAGES)),images="$(strip $(IMAGES))") $(foreach k,$(if $(strip $(SEEDS)),seeds few_seeds sweep_seeds),$(k)="$(strip $(SEEDS))") $(if $(strip $(SHOTS)),shots="$(strip $(SHOTS))") $(SET))
 CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
 WORKFLOW = $(RUN) snakemake --profile profiles/$(strip $(ON))
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG)) $(SNAKEMAKE_ARGS)
@@ -48,7 +48,7 @@ plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk
 provenance: $(STAMP) ## from a number back to its runs, notebooks and commands: make provenance RESULT="tab2_pipelines digits bridged_pp shots=0"
 	@$(RUN) bridgexfer provenance '$(strip $(RESULT))' $(if $(strip $(PROFILE)),--profile "$(strip $(PROFILE))")
 
-tune: $(STAMP) ## choose the learning rates on validation data: Table 5, which `make study` reads
+tune: $(STAMP) ## choose the hyper-parameters on validation data: Table 5, which `make study` reads
 	@$(WORKFLOW) learning_rates $(WITH)
 
 datasets: $(STAMP) ## the paper's ten datasets: found or not, and what to do; FETCH="pets dtd" downloads

@@ -17,8 +17,8 @@ from bridgexfer.artefacts import read_json
 from bridgexfer.study.workflow import cause
 from test_jobs import Clone
 
-SETTINGS = dict(seeds="0", shots="4", style_shots="4", pipelines="vanilla bridged", images="40", steps="3",
-                stage1_epochs="8", few_epochs="30", style_steps="300")
+SETTINGS = dict(seeds="0", few_seeds="0", sweep_seeds="0", shots="4", style_shots="4", pipelines="vanilla bridged",
+                images="40", steps="3", stage1_epochs="8", few_epochs="30", style_steps="300")
 TABLE = "runs/figures/smoke/tab2_pipelines.csv"
 JOBS = { # their parameters
     "generate": {"group": "single", "key": "digits"},

@@ -75,12 +75,12 @@ def test_the_commands_of_the_page(clone):
 
     typed(change, clone)
     new = {name: p for name, p in runs(clone).items() if name not in first}
-    assert first.keys() <= runs(clone).keys() and Counter(new.values()) == each(4, *bridges) # the others were found
+    assert first.keys() <= runs(clone).keys() and Counter(new.values()) == each(4, "mixed", *bridges) # not vanilla
     status = typed("git status --porcelain", clone)
     assert status in ("", "?? .venv\n"), status # committed figures are as they were
 
     page = nbformat.read(clone/TUTORIAL, as_version=4)
     last = "\n\n".join(c.source for c in page.cells if c.cell_type == "code")
-    (clone/"page.py").write_text(last + "\nassert sum(Counter(r['pipeline'] for r in records).values()) == 32")
+    (clone/"page.py").write_text(last + "\nassert sum(Counter(r['pipeline'] for r in records).values()) == 36")
     inside = 'import os, sys; os.chdir("nbs/tutorials"); exec(open(sys.argv[1]).read())'
     typed(f"{clone}/.venv/bin/python -c '{inside}' {clone}/page.py", clone)

@@ -221,8 +221,6 @@ def defaults() -> list[str]: # as in `look_up`
 FROM_SETTINGS = { # pattern -> the setting, or settings, that the study gives instead
     "finetune:FinetuneSpec.batch": "batch vit_batch", "finetune:FinetuneSpec.momentum": "momentum",
     "finetune:FinetuneSpec.weight_decay": "weight_decay vit_weight_decay", "finetune:FinetuneSpec.mixup": "mixup",
-    "fixed_features:HeadSpec.batch": "batch vit_batch", "fixed_features:HeadSpec.momentum": "momentum",
-    "fixed_features:HeadSpec.weight_decay": "weight_decay vit_weight_decay",
     "transfer:TransferSpec.guidance": "guidance", "transfer:TransferSpec.repeats": "repeats few_repeats",
     **{f"generation:SynthesisSpec.{k}": k
        for k in ("scheduler", "steps", "guidance", "size", "format", "precision")},
