@@ -13,16 +13,24 @@ from bridgexfer.artefacts import spec_hash, stable_hash
 from bridgexfer.backbones import backbone_digest, create_backbone, reset_head
 from bridgexfer.evaluation import features, predict
 from bridgexfer.data.registry import load_dataset
-from bridgexfer.datasets import GLYPHS, few_shot
+from bridgexfer.datasets import Dataset, GLYPHS, few_shot
 from bridgexfer.images import as_images
 from bridgexfer.finetune import FinetuneSpec, NonFiniteLoss
-from bridgexfer.fixed_features import FIXED_PIPELINES, FeatureSpec, FixedSpec, Head, HeadSpec, cached_features
-from bridgexfer.fixed_features import fixed_spec, fixed_transfer, head_of, head_predict, train_heads
+from bridgexfer.fixed_features import FIXED_PIPELINES, FeatureSpec, Head, cached_features, fixed_spec
+from bridgexfer.fixed_features import PLAIN, fixed_transfer, head_of, head_predict, head_spec, train_heads
 from bridgexfer.miniature.typeset import DIGITS, corpus
 from bridgexfer.study.records import json_values
-from bridgexfer.transfer import BridgeSpec, TransferSpec, load_bridge, make_bridge, start_of
+from bridgexfer.transfer import BridgeSpec, Run, load_bridge, make_bridge, start_of, transfer_spec
 
 ARCH = "mini_resnet10"
+STAGE1 = FinetuneSpec(0.03, 2, augment=GLYPHS)
+
+
+def heads_spec(lr, epochs, **fields): return head_spec(FinetuneSpec(lr, epochs, **fields))
+
+
+def trained(spec, **changes): # a run's spec, its head trained otherwise
+    return replace(spec, finetune=replace(spec.finetune, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +40,32 @@ def data():
 
 
 @pytest.fixture(scope="module")
-def bridge(tmp_path_factory):
+def synthetic():
     pixels, labels, _ = corpus(200, DIGITS, seed=0)
-    synthetic = as_images(pixels, labels, DIGITS.values())
-    spec = BridgeSpec(ARCH, backbone_digest(ARCH), synthetic.digest, 20, 0, FinetuneSpec(0.03, 2, augment=GLYPHS))
-    return make_bridge(spec, synthetic, tmp_path_factory.mktemp("bridges"))
+    return as_images(pixels, labels, DIGITS.values())
 
 
 @pytest.fixture(scope="module")
-def spec(data):
-    train, test = data
-    return FixedSpec(dataset="digits", data=f"{train.digest}-{test.digest}", arch=ARCH, backbone=backbone_digest(ARCH),
-                     pipeline="vanilla", shots=0, seed=0, lr=0.1, epochs=5, batch=64,
-                     momentum=0.9, weight_decay=5e-4, metric="top1")
+def bridge_spec(synthetic): return BridgeSpec(ARCH, backbone_digest(ARCH), synthetic.digest, 20, 4, STAGE1)
+
+
+@pytest.fixture(scope="module")
+def bridge(synthetic, bridge_spec, tmp_path_factory):
+    return make_bridge(bridge_spec, synthetic, tmp_path_factory.mktemp("bridges"))
+
+
+def spec_for(data, name, seed=4, synthetic=""):
+    stages = STAGE1, FinetuneSpec(0.03, 5, mixup=0.2, augment=GLYPHS)
+    dataset = Dataset(load_dataset("digits").info, *data)
+    return fixed_spec(transfer_spec(Run(name, 0, seed, 20), dataset, ARCH, stages, synthetic), 0.1)
+
+
+@pytest.fixture(scope="module")
+def spec(data): return spec_for(data, "vanilla")
+
+
+@pytest.fixture(scope="module")
+def bridged(data, synthetic): return [spec_for(data, p, synthetic=synthetic.digest) for p in FIXED_PIPELINES[1:]]
 
 
 @pytest.fixture
@@ -92,7 +113,7 @@ def test_features_that_were_half_made_are_made_again(tmp_path):
 
 def test_heads_that_train_together_are_those_that_train_alone(toy):
     x, y, starts = toy
-    specs = [HeadSpec(lr, 4, batch=16) for lr in (0.3, 0.1, 0.01)]
+    specs = [heads_spec(lr, 4, batch=16) for lr in (0.3, 0.1, 0.01)]
     seeds = [0, 1, 1]
     together, curves = train_heads(x, y, specs, seeds, starts)
     for i in range(3):
@@ -106,7 +127,7 @@ def test_heads_that_train_together_are_those_that_train_alone(toy):
 def test_a_head_is_that_of_plain_sgd(toy):
     "torch's own layer, optimiser and schedule, on the batches that fine-tuning would deal."
     x, y, starts = toy
-    [ours], _ = train_heads(x, y, [HeadSpec(0.1, 3, batch=25, momentum=0.8, weight_decay=0.01)], [5], starts[:1])
+    [ours], _ = train_heads(x, y, [heads_spec(0.1, 3, batch=25, momentum=0.8, weight_decay=0.01)], [5], starts[:1])
     fc = nn.Linear(7, 4)
     fc.load_state_dict({k: torch.from_numpy(v) for k, v in starts[0]._asdict().items()})
     opt = torch.optim.SGD(fc.parameters(), 0.1, 0.8, weight_decay=0.01)
@@ -125,7 +146,7 @@ def test_a_head_is_that_of_plain_sgd(toy):
 def test_the_seed_decides_the_order_and_the_start_is_not_changed(toy):
     x, y, starts = toy
     before = arrays(starts)
-    def end(seed): return arrays(train_heads(x, y, [HeadSpec(0.1, 2, batch=16)], [seed], starts[:1])[0])
+    def end(seed): return arrays(train_heads(x, y, [heads_spec(0.1, 2, batch=16)], [seed], starts[:1])[0])
     a, b, c = (end(seed) for seed in (0, 0, 1))
     assert np.array_equal(a, b) and not np.array_equal(a, c) and np.array_equal(before, arrays(starts))
 
@@ -143,26 +164,25 @@ def test_a_bridge_predicts_with_its_own_head_before_any_step(data, bridge, arch)
     assert abs(p - fresh).max() > 0.05
 
 
-def test_the_three_cases_start_where_fine_tuning_starts(data, spec, bridge, tmp_path, monkeypatch):
+def test_the_three_cases_start_where_fine_tuning_starts(data, spec, bridged, bridge, tmp_path, monkeypatch):
     seen = []
     def spy(x, y, specs, seeds, starts, *args):
         seen.extend(starts)
         return train_heads(x, y, specs, seeds, starts, *args)
     monkeypatch.setattr(fixed_features, "train_heads", spy)
-    bridged = [replace(spec, pipeline=p, bridge=bridge.name, seed=4) for p in FIXED_PIPELINES[1:]]
-    fixed_transfer([replace(spec, seed=4)], *data, tmp_path)
+    fixed_transfer([spec], *data, tmp_path)
     fixed_transfer(bridged, *data, tmp_path, bridge)
-    for head, name in zip(seen, FIXED_PIPELINES):
-        model, _ = start_of(name, data[0], None, bridge, ARCH, 4)
+    for head, of in zip(seen, [spec, *bridged], strict=True):
+        model, _ = start_of(of, data[0], None, bridge)
         assert all(np.array_equal(a, b) for a, b in zip(head, head_of(model)))
     assert len(list(tmp_path.iterdir())) == 4  # train and test, with and without a bridge
 
 
-def test_only_the_head_trains_and_features_are_shared(data, spec, bridge, tmp_path, monkeypatch):
+def test_only_the_head_trains_and_features_are_shared(data, bridged, bridge, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(fixed_features, "features", lambda *args, **kw: calls.append(1) or features(*args, **kw))
     stored = {p: p.read_bytes() for p in bridge.iterdir()}
-    specs = [replace(spec, pipeline=p, bridge=bridge.name, lr=lr) for p in FIXED_PIPELINES[1:] for lr in (0.1, 0.01)]
+    specs = [trained(s, lr=lr) for s in bridged for lr in (0.1, 0.01)]
     first = fixed_transfer(specs, *data, tmp_path, bridge)
     for s, r in zip(specs, first):
         [again] = fixed_transfer([s], *data, tmp_path, bridge)
@@ -171,10 +191,11 @@ def test_only_the_head_trains_and_features_are_shared(data, spec, bridge, tmp_pa
 
 
 def test_a_result_has_what_the_statistics_need(data, spec, tmp_path):
-    results = fixed_transfer([replace(spec, seed=s, epochs=20) for s in (0, 1)], *data, tmp_path)
+    results = fixed_transfer([trained(replace(spec, seed=s), epochs=20) for s in (0, 1)], *data, tmp_path)
     for r in results:
         assert r["labels"] == data[1].labels.tolist()
         assert r["accuracy"] == np.mean(np.equal(r["predictions"], r["labels"])) > 0.5
+        assert 0 < r["loss"] < np.log(10) # better than chance
         assert json.loads(json.dumps(json_values(r), allow_nan=False)) == r
     assert results[0]["curve"] != results[1]["curve"]
     [per_class] = fixed_transfer([replace(spec, metric="mean_per_class")], *data, tmp_path)
@@ -191,40 +212,47 @@ def test_the_result_does_not_depend_on_the_test_images(data, spec, tmp_path):
     assert a["curve"] == b["curve"] and a["predictions"] != b["predictions"]
 
 
-def test_a_spec_follows_from_that_of_a_fine_tuning(spec):
-    whole = TransferSpec(dataset="digits", data="a-b", arch=ARCH, backbone="w", pipeline="bridged_fc", shots=0, seed=3,
-                         lr=0.03, epochs=150, batch=64, momentum=0.9, weight_decay=5e-4,
-                         augment=vars(GLYPHS), metric="top1", synthetic="s", per_class=60, bridge="b")
+def test_a_spec_follows_from_that_of_a_fine_tuning(data, synthetic, bridge_spec):
+    "Only the training differs: the head alone, at its own rate, on images as they are."
+    dataset = Dataset(load_dataset("digits").info, *data)
+    stages = STAGE1, FinetuneSpec(0.03, 150, 32, 0.8, 1e-3, 0.2, GLYPHS)
+    whole = transfer_spec(Run("bridged_fc", 0, 4, 20), dataset, ARCH, stages, synthetic.digest)
     fixed = fixed_spec(whole, lr=0.1)
-    assert (fixed.pipeline, fixed.seed, fixed.bridge, fixed.version) == ("bridged_fc", 3, "b", 1)
-    assert (fixed.lr, fixed.epochs) == (0.1, 150)
+    assert replace(fixed, finetune=whole.finetune) == whole and fixed.bridge == bridge_spec
+    assert fixed.finetune == FinetuneSpec(0.1, 150, 32, 0.8, 1e-3, 0., PLAIN, frozen=True)
+    assert spec_hash(fixed) != spec_hash(fixed_spec(whole, lr=0.3)) != spec_hash(whole)
 
 
 def test_every_field_that_matters_is_another_record(spec):
-    changes = dict(seed=1, lr=1., epochs=2, batch=3, momentum=0., weight_decay=0., data="x")
-    assert len({spec_hash(spec), *(spec_hash(replace(spec, **{k: v})) for k, v in changes.items())}) == 8
+    changes = dict(lr=1., epochs=2, batch=3, momentum=0., weight_decay=0.)
+    specs = [spec, replace(spec, seed=1), replace(spec, data="x")]
+    specs += [trained(spec, **{k: v}) for k, v in changes.items()]
+    assert len(set(map(spec_hash, specs))) == 8
 
 
-def test_mistakes_name_what_is_wrong(data, spec, bridge, toy, tmp_path):
+def test_a_last_step_that_diverges_has_no_result(data, spec, tmp_path):
+    "An epoch of one step has the loss from before it, which is finite."
+    with pytest.raises(NonFiniteLoss, match="a head on test images is .* in epoch 1 of 1"):
+        fixed_transfer([trained(spec, lr=1e38, epochs=1, batch=100)], *data, tmp_path)
+
+
+def test_mistakes_name_what_is_wrong(data, spec, bridged, toy, tmp_path):
     x, y, starts = toy
-    once = [HeadSpec(0.1, 1)]
-    bridged = replace(spec, pipeline="bridged", bridge=bridge.name)
+    once = [heads_spec(0.1, 1)]
     mistakes = [
-        (lambda: replace(spec, pipeline="mixed"), "choose vanilla, bridged, bridged_fc"),
-        (lambda: replace(spec, bridge="x"), "has no bridge"),
-        (lambda: replace(bridged, bridge=""), "needs the hash of its bridge"),
-        (lambda: HeadSpec(0.1, 0), "epochs ≥ 1"),
+        (lambda: spec_for(data, "mixed"), "choose vanilla, bridged, bridged_fc"),
+        (lambda: heads_spec(0.1, 0), "epochs ≥ 1"),
         (lambda: train_heads(x[0], y, once, [0], starts[:1]), r"features \(n, d\)"),
         (lambda: train_heads(x, y[1:], once, [0], starts[:1]), r"labels \(n,\)"),
         (lambda: train_heads(x, y - 1, once, [0], starts[:1]), r"must be in 0\.\.3, found -1\.\.2"),
         (lambda: train_heads(x[:, 1:], y, once, [0], starts[:1]), "width 6"),
-        (lambda: train_heads(x, y, [*once, HeadSpec(0.1, 2)], [0, 0], starts[:2]), "differ in learning rate"),
-        (lambda: fixed_transfer([spec, bridged], *data, tmp_path), "differ in bridge"),
-        (lambda: fixed_transfer([bridged], *data, tmp_path, tmp_path), "name the bridge"),
+        (lambda: train_heads(x, y, [*once, heads_spec(0.1, 2)], [0, 0], starts[:2]), "differ in learning rate"),
+        (lambda: fixed_transfer([spec, bridged[0]], *data, tmp_path), "differ in bridge"),
+        (lambda: fixed_transfer(bridged, *data, tmp_path, tmp_path), "name the bridge"),
         (lambda: fixed_transfer([spec], data[1], data[0], tmp_path), "name the images"),
     ]
     for wrong, words in mistakes:
         with pytest.raises(ValueError, match=words) as e: wrong()
         assert len(str(e.value).splitlines()) == 1
     with pytest.raises(NonFiniteLoss, match="a head is .*choose a smaller one"):
-        train_heads(x, y, [HeadSpec(1e30, 3)], [0], starts[:1])
+        train_heads(x, y, [heads_spec(1e30, 3)], [0], starts[:1])
