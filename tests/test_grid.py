@@ -53,7 +53,7 @@ def test_seeds_have_tokens_and_first_images_of_their_own_subsets(digits, synthes
 
 
 def test_shared_sets_never_show_a_run_more_than_its_images():
-    one = Study("miniature", set_per_seed="0")
+    one = Study("miniature", sets="1")
     for synthesis in FROM_REAL:
         assert one.set_key(Run("bridged_pp", 4, 2, 40, synthesis)).seed == 2
         assert one.set_key(Run("bridged_pp", 0, 2, 40, synthesis)).seed == 0
@@ -97,7 +97,8 @@ def test_sweeps_vary_what_they_say():
     for sweep in SWEEPS:
         runs = STUDY.runs(sweep, "digits")
         compared = {r.shots for r in runs if r.pipeline == "vanilla"} | ({0} if sweep == "controls" else set())
-        assert {r.seed for r in runs} == set(S.seeds) and {r.shots for r in runs} <= compared
+        for k in {r.shots for r in runs}: assert {r.seed for r in runs if r.shots == k} == {*STUDY.seeds_of(sweep, k)}
+        assert {r.shots for r in runs} <= compared
 
 
 def test_same_compute_is_that_of_the_core():

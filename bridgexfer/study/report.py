@@ -271,6 +271,7 @@ HOW_TO_READ = ("Test accuracy in %, mean ± standard deviation over {n} seeds. A
                "(+) or worse (−) than {against}: the 95 % interval of the paired difference, over seeds and test "
                "images, does not contain 0. No mark means inconclusive.")
 
+# %% ../../nbs/study/04_report.ipynb #5a1370ec
 def seen(table: pd.DataFrame, # from `measured`
         ) -> str: # a sentence; empty where it is not known
     "How often pipelines see a real image."
@@ -279,6 +280,7 @@ def seen(table: pd.DataFrame, # from `measured`
     counts = ", ".join(f"{label(p)} {times}" for p, times in of.items())
     return f"How many times a run sees each real image: {counts}."
 
+# %% ../../nbs/study/04_report.ipynb #f93a8455
 def show_measured(table: pd.DataFrame, # from `measured`
                   rows: Sequence[str] = BY, # columns, as `wide` takes them
                   names: Rows | None = None, # of columns that `ROWS` does not have
