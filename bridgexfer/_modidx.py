@@ -964,6 +964,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'bridgexfer.study.report.span': ('study/report.html#span', 'bridgexfer/study/report.py'),
                                          'bridgexfer.study.report.standing': ('study/report.html#standing', 'bridgexfer/study/report.py'),
                                          'bridgexfer.study.report.subject': ('study/report.html#subject', 'bridgexfer/study/report.py'),
+                                         'bridgexfer.study.report.ties': ('study/report.html#ties', 'bridgexfer/study/report.py'),
                                          'bridgexfer.study.report.views': ('study/report.html#views', 'bridgexfer/study/report.py'),
                                          'bridgexfer.study.report.wide': ('study/report.html#wide', 'bridgexfer/study/report.py')},
             'bridgexfer.study.settings': { 'bridgexfer.study.settings.Setting': ( 'study/settings.html#setting',

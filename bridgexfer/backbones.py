@@ -26,6 +26,7 @@ class Backbone:
     options: dict[str, Any] = field(default_factory=dict) # further arguments of `timm.create_model`
     source_classes: int = 1000 # of its source head; 0 if it was pre-trained without labels
     why: str = "" # these weights and no others
+    commit: str = "" # of the hub that holds the weights; "": its newest
 
 # %% ../nbs/library/09_backbones.ipynb #08c24abf
 TORCHVISION = ("torchvision's first weights: the plain recipe, "
@@ -37,7 +38,7 @@ ARCHS = {
     "mini_resnet18": Backbone("resnet18", 32, True, dict(layers=(2, 2, 2, 2), channels=(16, 32, 48, 56)), 37),
     "mini_vit": Backbone("vit_tiny_patch16_224", 32, True,
                          dict(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=4), 37),
-    "resnet18": Backbone("resnet18.tv_in1k", 224, why=TORCHVISION),
+    "resnet18": Backbone("resnet18.tv_in1k", 224, why=TORCHVISION, commit="bbd144b3e5565108aad885f145491d11bc6ce807"),
     "resnet50": Backbone("resnet50.tv_in1k", 224, why=TORCHVISION),
     "vit_base": Backbone("vit_base_patch16_224.augreg_in21k_ft_in1k", 224, why=AUGREG),
     "vit_large": Backbone("vit_large_patch16_224.augreg_in21k_ft_in1k", 224, why=AUGREG),
@@ -77,7 +78,8 @@ def backbone_digest(arch: str, # a key of `ARCHS` or a timm model
     "What identifies a backbone's weights in a spec."
     b = backbone(arch)
     if b.shipped: return digest(SHIPPED/f"{arch}.safetensors")
-    return f"timm:{_timm().get_pretrained_cfg(b.timm_name).hf_hub_id}"
+    name = _timm().get_pretrained_cfg(b.timm_name).hf_hub_id
+    return f"timm:{name}@{b.commit}" if b.commit else f"timm:{name}"
 
 # %% ../nbs/library/09_backbones.ipynb #61801e8e
 def _overlay(arch: str) -> dict[str, Any]: # entries of timm's `pretrained_cfg`
@@ -116,13 +118,14 @@ def _shipped(arch: str) -> nn.Module:
 
 # %% ../nbs/library/09_backbones.ipynb #e4243d71
 def fetch_weights(timm_name: str, # with its weight tag
+                  commit: str = "", # of the hub; "": what timm names, or the newest
                  ) -> str: # path of a safetensors file
     "The pre-trained weights of a timm model, from the cache or the hub."
     from huggingface_hub import hf_hub_download # here, because it brings what talks to the network
     repo, _, revision = (_timm().get_pretrained_cfg(timm_name).hf_hub_id or "").partition("@")
     if not repo: raise OSError(f"timm names no repository for the weights {timm_name}: "
                                "choose a model of timm.list_models(pretrained=True) that has one.")
-    try: return hf_hub_download(repo, "model.safetensors", revision=revision or None)
+    try: return hf_hub_download(repo, "model.safetensors", revision=commit or revision or None)
     except OSError as e:
         why = f"did not serve it ({type(e).__name__}; HF_HUB_OFFLINE=1 skips asking)"
         if constants.HF_HUB_OFFLINE: why = "was not asked because HF_HUB_OFFLINE is set"
@@ -133,7 +136,7 @@ def fetch_weights(timm_name: str, # with its weight tag
 def _fetched(arch: str) -> nn.Module:
     "A backbone with the weights that timm names."
     b = backbone(arch)
-    overlay = _overlay(arch) | dict(file=fetch_weights(b.timm_name))
+    overlay = _overlay(arch) | dict(file=fetch_weights(b.timm_name, b.commit))
     return _timm().create_model(b.timm_name, pretrained=True, pretrained_cfg_overlay=overlay, **b.options)
 
 # %% ../nbs/library/09_backbones.ipynb #3d38d439

@@ -200,6 +200,7 @@ def opened(files: Iterable[bytes], # n image files
     images = [open_file(file) for file in files]
     return images, torch.tensor([image.width / image.height for image in images])
 
+# %% ../nbs/library/08_loading.ipynb #20b5f34b
 def draw_crops(images: Images, # kept as files
                batch: int, # images a batch, at most
                size: int, # of the crops, pixels
@@ -263,6 +264,7 @@ def centre_crop(file: bytes, # an image file, as stored
     top = round((image.height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
+# %% ../nbs/library/08_loading.ipynb #ecea7a63
 def _file_centres(images: Images, batch: int, size: int) -> Iterator[list[torch.Tensor]]: # (n, size, size, 3) uint8
     "The middle of each image that is kept as a file, decoded on all cores."
     with ThreadPoolExecutor(os.cpu_count()) as pool:

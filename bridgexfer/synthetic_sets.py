@@ -363,6 +363,7 @@ def buffers(table: pa.Table) -> Iterator[pa.Buffer]:
     "The image files of a table, in order, without a copy."
     for chunk in table["image"].chunks: yield from (b.as_buffer() for b in chunk.field("bytes"))
 
+# %% ../nbs/library/06_synthetic_sets.ipynb #666eb483
 def first_files(paths: list[Path], # of shards
                 rows: int, # images that are wanted
                 memory: int = MEMORY, # bytes of files that are held in memory; more are mapped from disk

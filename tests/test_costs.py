@@ -28,20 +28,22 @@ def test_images_are_those_that_the_jobs_will_make():
 
 def test_datasets_with_the_same_class_names_share_their_images():
     s = Study("miniature", lr="0.1", datasets="digits digits-photo")
-    assert images(work_of(s, TARGETS))["core"] == 3 * 10 * 60
+    sets = s.settings.sets
+    assert images(work_of(s, TARGETS))["core"] == sets * 10 * 60
     apart = {n: Target(n, t.classes, t.train) for n, t in TARGETS.items()}
-    assert images(work_of(s, apart))["core"] == 2 * 3 * 10 * 60
+    assert images(work_of(s, apart))["core"] == 2 * sets * 10 * 60
 
 
-def test_seeds_multiply_sets_only_if_they_own_them():
-    one, own = (images(work_of(Study("miniature", lr="0.1", set_per_seed=o), TARGETS)) for o in "01")
-    assert own["core"] == 3 * one["core"] and own["volume"] == 3 * one["volume"]
-    assert own["clip"] == one["clip"] # made from the seed's own images
+def test_sets_are_as_many_as_the_setting_says():
+    one, three = (images(work_of(Study("miniature", lr="0.1", sets=n), TARGETS)) for n in "13")
+    assert three["core"] == 3 * one["core"] and three["volume"] == 3 * one["volume"]
+    assert three["clip"] == one["clip"] # made from the seed's own images
 
 
-def test_tuning_has_a_set_of_its_own_where_seeds_have():
+def test_the_search_has_a_set_for_each_of_its_seeds():
     s = Study("miniature")
-    assert images(work_of(s, TARGETS))["tuning"] == 34 * s.settings.images
+    seeds = {*s.settings.tuning_seeds, *s.settings.few_tuning_seeds}
+    assert images(work_of(s, TARGETS))["tuning"] == len(seeds) * 34 * s.settings.images
     passes = {(w.sweep, w.of): w.passes for w in work_of(s, TARGETS) if w.passes}
     assert 0 < passes["tuning", "mini_vit"] < passes["tuning", "mini_resnet10"]
 

@@ -41,6 +41,7 @@ def _kept(paths: list[Path], # image files
     if size <= SMALL: return decoded(paths, size, path.with_name(f"{path.name}.npy"))
     return mapped_files(path.with_name(f"{path.name}.arrow"), lambda: store_files(paths, size, f"Reading {path.name}"))
 
+# %% ../../nbs/data/02_registry.ipynb #8eb7049c
 def _load_archive(name: str, # one of the ten
                   size: int, # of the stored images, pixels
                   root: Path, # the data root

@@ -7,9 +7,10 @@ __all__ = ['CORRECTED', 'TASK', 'MARKS', 'Rows', 'ROWS', 'BY', 'HOW_TO_READ', 'T
            'OVER_DATASETS', 'FOREIGN', 'published', 'printed', 'quoted', 'paper_classes', 'percent', 'differences',
            'views', 'measured', 'against', 'ordered', 'only', 'blocks', 'contrast', 'plus_minus', 'mean_text', 'gap',
            'label', 'named', 'wide', 'listing', 'say', 'counted', 'span', 'listed', 'numbers', 'power', 'seen',
-           'show_measured', 'show_block', 'show_table', 'beside', 'plus_minus_printed', 'subject', 'ran', 'compared',
-           'claim_standing', 'case_standing', 'Claim', 'agrees', 'average', 'judge_block', 'judge', 'standing',
-           'conclude', 'show_claims', 'chance', 'caution', 'Examples', 'spaced', 'real_examples', 'made_examples']
+           'show_measured', 'show_block', 'show_table', 'beside', 'plus_minus_printed', 'subject', 'ties', 'ran',
+           'compared', 'claim_standing', 'case_standing', 'Claim', 'agrees', 'average', 'judge_block', 'judge',
+           'standing', 'conclude', 'show_claims', 'chance', 'caution', 'Examples', 'spaced', 'real_examples',
+           'made_examples']
 
 # %% ../../nbs/study/04_report.ipynb #1b5fe307
 from collections.abc import Callable, Iterable, Sequence
@@ -270,6 +271,7 @@ HOW_TO_READ = ("Test accuracy in %, mean ± standard deviation over {n} seeds. A
                "(+) or worse (−) than {against}: the 95 % interval of the paired difference, over seeds and test "
                "images, does not contain 0. No mark means inconclusive.")
 
+# %% ../../nbs/study/04_report.ipynb #5a1370ec
 def seen(table: pd.DataFrame, # from `measured`
         ) -> str: # a sentence; empty where it is not known
     "How often pipelines see a real image."
@@ -278,6 +280,7 @@ def seen(table: pd.DataFrame, # from `measured`
     counts = ", ".join(f"{label(p)} {times}" for p, times in of.items())
     return f"How many times a run sees each real image: {counts}."
 
+# %% ../../nbs/study/04_report.ipynb #f93a8455
 def show_measured(table: pd.DataFrame, # from `measured`
                   rows: Sequence[str] = BY, # columns, as `wide` takes them
                   names: Rows | None = None, # of columns that `ROWS` does not have
@@ -355,6 +358,21 @@ def subject(study: "Study",
     raise ValueError(f"No dataset of the profile {study.settings.profile!r} is in `{sweep}_datasets`: name some in "
                      "settings.ini, and run `make paper`.")
 
+# %% ../../nbs/study/04_report.ipynb #1f00d17d
+def ties(study: "Study",
+         runs: pd.DataFrame, # records of fine-tunings
+        ) -> str: # a sentence; empty where nothing was chosen
+    "How many of the choices behind some runs were no clear ones."
+    cell = [*TASK, "pipeline"]
+    if not set(cell) <= set(runs) or study.settings.lr != "tuned" or not study.tuned_path.exists(): return ""
+    chosen = pd.read_csv(study.tuned_path)
+    named = runs[cell].assign(pipeline=[pipeline(p).tuned_as or p for p in runs["pipeline"]]).drop_duplicates()
+    behind = named.merge(chosen, on=cell)
+    if behind.empty: return ""
+    tied = int((behind["tied"] > 1).sum())
+    return (f"Of the {counted(len(behind), 'choice')} of hyper-parameters behind it, {tied} were tied with others on "
+            "validation images ([Table 5](tab5_learning_rates.ipynb)). ")
+
 # %% ../../nbs/study/04_report.ipynb #5a302930
 TESTED = "Accuracy is in %, on the whole test split, after the last epoch; nothing was chosen on it."
 
@@ -369,8 +387,8 @@ def ran(study: "Study",
     said = "; ".join([counted(len(runs), thing), f"seeds {seeds}", *details])
     gaps = runs.attrs.get("gaps", [])
     if gaps: said += f"; left out are {counted(len(gaps), 'pipeline')} of which a run has no result ({' '.join(gaps)})"
-    return (f"**What was run** (profile *{study.settings.profile}*): {said}. {how} The rest of this page is computed "
-            "from these records; every sentence that depends on a measurement is written by code.")
+    return (f"**What was run** (profile *{study.settings.profile}*): {said}. {how} {ties(study, runs)}The rest of this "
+            "page is computed from these records; every sentence that depends on a measurement is written by code.")
 
 # %% ../../nbs/study/04_report.ipynb #66b3401c
 def compared(cases: pd.DataFrame, # verdict and difference of each
