@@ -152,10 +152,10 @@ def test_from_a_number_back_to_its_runs(first):
     assert all((clone.folder/p).exists() for p in paths)
     assert "missing" not in said
     assert {p.split("/")[2] for p in paths} == {"notebooks", "logs", "core", "records", "bridges", "synthetic"}
-    assert f"2 runs, with a mean accuracy of {table['mean'][line]:.6g} %" in said
+    assert f"{table.n[line]} runs, with a mean accuracy of {table['mean'][line]:.6g} %" in said
     executed = "runs/smoke/notebooks/core-digits-mini_resnet10.ipynb"
     assert f"papermill --engine ipc nbs/jobs/transfer.ipynb {executed}" in said
-    assert "seed 1" in said and "images/s" in said
+    assert "seed 1" in said and "images/s" in said and "lr 0.01" in said
     ambiguous = clone.make("provenance", "PROFILE=smoke", "RESULT=tab2_pipelines bridged_pp", ok=False)
     assert "name one of these" in ambiguous
 
@@ -254,6 +254,12 @@ def test_paper_would_run_every_notebook(clone):
     would = clone.would_run("paper")[0]
     jobs = {"invert", "generate", "transfer", "fixed", "clip", "alignment"}
     assert would >= paper_notebooks(clone) - PAPERS | jobs
+
+
+def test_seeds_narrow_every_list_of_seeds(clone):
+    said = clone.make("study", "PROFILE=smoke", "SEEDS=0 1", "--dry-run")
+    for key in ("seeds", "few_seeds", "sweep_seeds"): assert f' {key}="0 1"' in said
+    assert "seeds=" not in clone.make("study", "PROFILE=smoke", "--dry-run")
 
 
 def test_plan_lists_jobs_images_hours_and_rates(clone):
