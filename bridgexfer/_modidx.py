@@ -574,8 +574,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'bridgexfer.statistics._variances': ( 'library/statistics.html#_variances',
                                                                              'bridgexfer/statistics.py'),
                                        'bridgexfer.statistics._verdict': ('library/statistics.html#_verdict', 'bridgexfer/statistics.py'),
-                                       'bridgexfer.statistics.choose_rates': ( 'library/statistics.html#choose_rates',
-                                                                               'bridgexfer/statistics.py'),
                                        'bridgexfer.statistics.compare': ('library/statistics.html#compare', 'bridgexfer/statistics.py'),
                                        'bridgexfer.statistics.detectable': ( 'library/statistics.html#detectable',
                                                                              'bridgexfer/statistics.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POWER', 'VERDICTS', 'FALSE_VERDICTS', 'summary', 'detectable', 'shared_sets', 'sets_of', 'Difference', 'interval',
-           'false_rate', 'paired_difference', 'compare', 'tally', 'over_datasets', 'p_value', 'holm', 'choose_rates']
+           'false_rate', 'paired_difference', 'compare', 'tally', 'over_datasets', 'p_value', 'holm']
 
 # %% ../nbs/library/17_statistics.ipynb #835ee2a7
 from collections.abc import Iterable, Sequence
@@ -280,18 +280,3 @@ def holm(p: Sequence[float], # (m,) p values of the claims that are tested toget
     order = np.argsort(p)
     adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
     return adjusted[np.argsort(order)]
-
-# %% ../nbs/library/17_statistics.ipynb #f2895644
-def choose_rates(cells: pd.DataFrame, # one row per run: dataset, arch, pipeline, lr, accuracy on validation images
-                ) -> pd.DataFrame: # dataset, arch, pipeline, lr, validation_accuracy, origin, edge
-    "The best learning rate of each dataset, architecture and pipeline; ties go to the smaller."
-    by = ["dataset", "arch", "pipeline"]
-    smallest, largest = cells["lr"].agg(["min", "max"])
-    edges = {smallest: "smallest", largest: "largest"} if smallest < largest else {}
-    rows = []
-    for cell, runs in cells.groupby(by, sort=False):
-        rates = runs.groupby("lr")["accuracy"].agg(["mean", "size"]).sort_index()
-        mean = rates["mean"][rates["size"] == rates["size"].max()] # of rates that never failed, ascending
-        lr = mean.idxmax() # the first of equals
-        rows.append((*cell, float(lr), float(mean.max()), "tuned", edges.get(lr, "")))
-    return pd.DataFrame(rows, columns=[*by, "lr", "validation_accuracy", "origin", "edge"])

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from bridgexfer.statistics import choose_rates, compare, detectable, false_rate, holm, interval, over_datasets, p_value
+from bridgexfer.statistics import compare, detectable, false_rate, holm, interval, over_datasets, p_value
 from bridgexfer.statistics import paired_difference, sets_of, shared_sets, summary, tally
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp
@@ -335,21 +335,3 @@ def test_tally():
     said = tally(["worse", "better"], "things", "mixed")
     assert said == "better than mixed on 1 of 2 things, worse on 1, inconclusive on 0"
     with pytest.raises(ValueError, match="got good"): tally(["good"])
-
-
-def grid(**rates):
-    return pd.DataFrame([dict(dataset="d", arch="a", pipeline=p, lr=lr, accuracy=v)
-                         for p, row in rates.items() for lr, v in row.items()])
-
-
-def test_learning_rate_ties_go_to_the_smaller():
-    cells = grid(vanilla={0.1: 0.9, 0.03: 0.9, 0.01: 0.8}, mixed={0.1: 0.5, 0.03: 0.7, 0.01: 0.6})
-    chosen = choose_rates(cells).set_index("pipeline")
-    assert chosen.lr.to_dict() == {"vanilla": 0.03, "mixed": 0.03}
-    assert set(chosen.edge) == {""} and set(chosen.origin) == {"tuned"}
-
-
-def test_learning_rates_are_chosen_by_the_mean_over_seeds_and_a_failed_one_cannot_win():
-    cells = pd.concat([grid(vanilla={0.1: 0.99, 0.03: 0.8, 0.01: 0.7}), grid(vanilla={0.03: 0.6, 0.01: 0.9})])
-    chosen = choose_rates(cells).iloc[0]
-    assert chosen.lr == 0.01 and chosen.validation_accuracy == pytest.approx(0.8) and chosen.edge == "smallest"
