@@ -25,6 +25,8 @@ onstart: # not in a dry run
 onerror: # one line of cause for each job that failed
     print(failures_text(failures(RUNS, BEGAN)), file=sys.stderr)
 
+LOGGED = "code=0; {params.command} > {log:q} 2>&1 || code=$?; echo Ended with status $code >> {log:q} || true; exit $code"
+
 def of(w): return JOBS[f"{w.folder}/{w.name}"]
 def parts(w): return [job for job in JOBS.values() if job.part and job.manifest == f"{w.folder}/{w.name}"]
 def manifests(keys): return [f"{RUNS}/{key}.json" for key in keys]
@@ -66,7 +68,7 @@ for kind in dict.fromkeys(job.rule for job in JOBS.values()):
         threads: study.settings.cores
         priority: 2 if kind in ("invert", "generate") else 1
         resources: **{k: lambda w, k=k: resources(study, of(w).rule, of(w).folder)[k] for k in ("gpu", "mem_mb", "runtime")}
-        shell: "{params.command} > {log} 2>&1"
+        shell: LOGGED
 
 for page in study.pages():
     rule: # the name of its notebook is a target
@@ -77,4 +79,4 @@ for page in study.pages():
         log: f"{RUNS}/logs/{page.name}.txt"
         params: page=page.name, command=page_command(study, page), state=page_state(study, page)
         resources: **resources(study, "table")
-        shell: "{params.command} > {log} 2>&1"
+        shell: LOGGED

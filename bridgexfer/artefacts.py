@@ -99,19 +99,19 @@ def write_json(path: str | Path, # where
               ) -> Path: # the path again
     "Write JSON atomically."
     text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1)
-    with atomic(path) as part: part.write_text(text + "\n")
+    with atomic(path) as part: part.write_text(text + "\n", encoding="utf-8")
     return Path(path)
 
 def read_json(path: str | Path):
     "Read JSON; a damaged file is named in the error."
-    try: return json.loads(Path(path).read_text())
+    try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as e: raise ValueError(f"{path} is not JSON ({e}): delete it and run again.") from None
 
 # %% ../nbs/library/00_artefacts.ipynb #14483dd2
 LIBRARIES = ("torch", "torchvision", "timm", "diffusers", "transformers")
 
 def _git(*args: str) -> str:
-    done = subprocess.run(["git", *args], capture_output=True, text=True, check=True)
+    done = subprocess.run(["git", *args], capture_output=True, encoding="utf-8", check=True)
     return done.stdout.strip()
 
 def _commit() -> str | None:
@@ -175,7 +175,7 @@ def _imports(tree: ast.Module, # code
     return {name for name in names if name.startswith("bridgexfer.")}
 
 def _module_source(module: str) -> str: # such as "bridgexfer.prompts"
-    return (PACKAGE.parent/f"{module.replace('.', '/')}.py").read_text()
+    return (PACKAGE.parent/f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
 
 # %% ../nbs/library/00_artefacts.ipynb #9fbe9689
 def _notebook_source(notebook: str | Path) -> str:

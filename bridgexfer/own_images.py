@@ -330,7 +330,7 @@ def write_outcome(outcome: Outcome, part: Path, name: str, stored_size: int) -> 
     save_for_hf(model, part, model_config=labels, data_config=how, safe_serialization=True)
     draw_confusion(outcome).savefig(part/"confusion.png", dpi=200)
     write_json(part/"outcome.json", history(outcome) | {"weights": digest(part/"model.safetensors")})
-    (part/"README.md").write_text(readme(outcome, name))
+    (part/"README.md").write_text(readme(outcome, name), encoding="utf-8")
 
 # %% ../nbs/apps/00_own_images.ipynb #de606482
 def save_outcome(outcome: Outcome,

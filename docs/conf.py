@@ -26,7 +26,7 @@ def digest() -> str: # 16 hexadecimal digits
 
 project = "bridgexfer"
 author = copyright = "The bridgexfer authors"
-release = re.search(r'__version__ = "(.+)"', (ROOT/"bridgexfer/__init__.py").read_text())[1]
+release = re.search(r'__version__ = "(.+)"', (ROOT/"bridgexfer/__init__.py").read_text(encoding="utf-8"))[1]
 
 extensions = ["myst_nb", "sphinx_copybutton"]
 suppress_warnings = ["myst.header"] # signatures are headings of the fourth level, below headings of any level

@@ -190,7 +190,7 @@ def page(path: Path) -> str: # JSON
     note = f"This page is the notebook {{download}}`nbs/{place} </../nbs/{place}>`; `make lab` opens it."
     if path.stem == "index":
         for c in cells: c.source = c.source.replace("(../CONTRIBUTING.md)", "(contributing.md)") # a page of the site
-        cells.append(new_markdown_cell((ROOT/"docs/contents.md").read_text()))
+        cells.append(new_markdown_cell((ROOT/"docs/contents.md").read_text(encoding="utf-8")))
     else: cells[0].source += f"\n\n```{{container}} notebook\n{note}\n```"
     if place.parts[0] in ("paper", "benchmarks"):
         shown = any(c.get("outputs") for c in cells) # as it was run; else the committed tables and figures
@@ -201,9 +201,9 @@ def page(path: Path) -> str: # JSON
 
 def text(path: Path) -> str: # Markdown
     "A page that is not a notebook; its comments ask for galleries, tables and `make help`."
-    def commands(_): return subprocess.check_output(["make", "-s", "-C", ROOT, "help"], text=True).strip()
+    def commands(_): return subprocess.check_output(["make", "-s", "-C", ROOT, "help"], encoding="utf-8").strip()
     def named(match): return tables([FIGURES/name for name in match[1].split() if (FIGURES/name).exists()])
-    filled = re.sub(r"<!-- gallery (.+) -->", lambda m: gallery(m[1]), path.read_text())
+    filled = re.sub(r"<!-- gallery (.+) -->", lambda m: gallery(m[1]), path.read_text(encoding="utf-8"))
     filled = re.sub(r"<!-- tables (.+) -->", named, filled)
     return re.sub("<!-- make help -->", commands, filled)
 
@@ -213,9 +213,10 @@ def main() -> None:
     pages |= {PAGES/p.name: text(p) for p in (ROOT/"docs/pages").glob("*.md")}
     for old in {p for p in PAGES.rglob("*") if p.is_file()} - pages.keys(): old.unlink()
     for path, content in pages.items():
-        if path.exists() and path.read_text() == content: continue # untouched, so that Sphinx does not read it again
+        # untouched, so that Sphinx does not read it again
+        if path.exists() and path.read_text(encoding="utf-8") == content: continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__": main()

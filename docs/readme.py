@@ -35,5 +35,6 @@ def readme() -> str: # Markdown
 
 if __name__ == "__main__":
     markdown = readme()
-    if "--check" not in sys.argv[1:]: README.write_text(markdown)
-    elif markdown != README.read_text(): sys.exit("README.md is not what nbs/index.ipynb gives: run `make readme`.")
+    if "--check" not in sys.argv[1:]: README.write_text(markdown, encoding="utf-8")
+    elif markdown != README.read_text(encoding="utf-8"):
+        sys.exit("README.md is not what nbs/index.ipynb gives: run `make readme`.")

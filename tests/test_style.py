@@ -145,3 +145,35 @@ def test_no_module_parses_source_text():
     found = [f"{path.relative_to(ROOT)}: {match[0]}" for path in [*readers, ROOT/"Snakefile"]
              for match in re.finditer(f"{tools}|{files}", path.read_text())]
     assert not found, offences(found)
+
+
+# ---- files are UTF-8 wherever the code runs
+
+TEXT_METHODS = {"read_text": 0, "write_text": 1} # method -> arguments before the encoding
+
+
+def text_without_encoding(tree):
+    "Lines that read or write text in the encoding of whatever locale they run in."
+    for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        words = {k.arg: k.value for k in call.keywords}
+        called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if "encoding" in words: continue
+        if called in TEXT_METHODS and len(call.args) <= TEXT_METHODS[called]: yield call.lineno
+        if isinstance(words.get("text"), ast.Constant) and words["text"].value: yield call.lineno # of a subprocess
+        if isinstance(call.func, ast.Name) and called == "open":
+            mode = call.args[1] if len(call.args) > 1 else words.get("mode")
+            if "b" not in (ast.unparse(mode) if mode else ""): yield call.lineno
+
+
+def test_text_is_utf8_in_every_locale():
+    sources = {p.relative_to(ROOT): p.read_text(encoding="utf-8") for p in [*MODULES, *sorted(ROOT.glob("docs/*.py"))]}
+    run_by_study = [p for wing in ("jobs", "paper", "benchmarks") for p in ROOT.glob(f"nbs/{wing}/*.ipynb")]
+    for notebook in run_by_study: sources[name(notebook)] = "\n".join(source(c) for c in cells(notebook))
+    found = [f"{where}:{line}" for where, code in sources.items() for line in text_without_encoding(parsed(code))]
+    assert not found, offences(found)
+
+
+@pytest.mark.parametrize(("code", "count"), [
+    ("p.read_text()", 1), ("p.write_text(t)", 1), ("p.write_text(t, encoding='utf-8')", 0), ("open(p)", 1),
+    ("open(p, 'rb')", 0), ("open(p, 'a')", 1), ("open(p, 'ab' if have else 'wb')", 0), ("run(x, text=True)", 1)])
+def test_missing_encodings_are_noticed(code, count): assert len(list(text_without_encoding(ast.parse(code)))) == count

@@ -50,7 +50,8 @@ def machine(device: str = "cpu") -> str:
     if torch.device(device).type == "cuda": return torch.cuda.get_device_name(device)
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
-        models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        lines = info.read_text(encoding="utf-8").splitlines()
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         cpu = models[0] if models else cpu
     return f"{os.cpu_count()} cores ({cpu}), no GPU used"
 
@@ -107,7 +108,8 @@ def save_rows(rows: list[dict[str, object]], # with the columns of `same`
 WATCHED = """
 import json, sys, threading, time
 def own(): # bytes that are this process's and no file's
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) * 1024
+    with open("/proc/self/status", encoding="utf-8") as f:
+        return next(int(l.split()[1]) for l in f if l.startswith("RssAnon")) * 1024
 setup, work = sys.argv[1:]
 space = {}
 exec(setup, space)
@@ -132,7 +134,7 @@ def cost_of(setup: str, # Python code that is not measured, such as imports
             work: str, # Python code that is
            ) -> dict[str, float]: # seconds; megabytes: the most memory beyond what was there after the setup
     "Time and memory of some work in a process of its own (Linux)."
-    done = subprocess.run([sys.executable, "-c", WATCHED, setup, work], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", WATCHED, setup, work], capture_output=True, encoding="utf-8")
     if done.returncode: raise RuntimeError(f"The measured work failed: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -172,5 +174,5 @@ def write_sd15(folder: str | Path, # that receives the pipeline; new or empty
                               steps_offset=1)
     scheduler.save_pretrained(folder/"scheduler")
     shutil.copytree(PACKAGE/"weights"/"pipeline"/"tokenizer", folder/"tokenizer") # true words, fewer of them
-    (folder/"model_index.json").write_text(json.dumps(SD15_INDEX))
+    (folder/"model_index.json").write_text(json.dumps(SD15_INDEX), encoding="utf-8")
     return folder

@@ -223,7 +223,7 @@ def read_choice(path: str | Path, # tab5_learning_rates.csv of the profile's fig
     path = Path(path)
     advice = "run `make tune`, or set `lr` in settings.ini to one number for all"
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: {advice}.")
-    with open(path, newline="") as f: rows = list(csv.DictReader(f))
+    with open(path, newline="", encoding="utf-8") as f: rows = list(csv.DictReader(f))
     wanted = dict(dataset=dataset, arch=arch, pipeline=name, shots=str(shots))
     found = [r for r in rows if all(r.get(k) == v for k, v in wanted.items())] # an older table has no shots
     where = f"{name} on {dataset} with {arch}, {shots_label(shots)}"
