@@ -189,6 +189,7 @@ def read_jobs(folder: str | Path, # the profile's runs
 METHODS = {"single": "Single template", "style": "DSI", "class": "Class-wise inversion", "untrained": "Untrained token",
            "real_guidance": "Real Guidance", "web": "Web renders"} # ways of making synthetic images
 
+# %% ../../nbs/study/01_records.ipynb #5ab0c7d2
 def shots_label(shots: int, # images per class, 0 for all
                ) -> str:
     "What tables call a number of shots."
