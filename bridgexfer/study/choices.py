@@ -95,6 +95,8 @@ FINE_TUNING = (
     Choice("crop: width over height", "datasets:Augment.ratio", "assumed", "not stated; as usual for ImageNet"),
     Choice("mirrored at random", "datasets:Augment.flip", "assumed", "not stated; as usual for ImageNet"),
     Choice("the same for glyphs", "datasets:GLYPHS", "assumed", "a glyph that is mirrored or cut may be another one"),
+    Choice("the same with fixed features", "fixed_features:PLAIN", "assumed", "not stated; features are computed once"),
+    Choice("evaluation: share of the shorter side", "loading:SEEN", "assumed", "not stated; as usual for ImageNet"),
     Choice("λ of mixup", "finetune:mix", "assumed", "not stated; a batch is blended at once, as mixup's authors do"),
     Choice("precision of training", "evaluation:autocast", "assumed",
            "not stated; it rounds, and changes nothing else; weights and optimiser are float32"),
