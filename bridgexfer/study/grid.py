@@ -172,6 +172,7 @@ def _shared_by(run: Run) -> tuple[int | float | str | Run, ...]:
     "What runs that must stay together have in common."
     return (run.seed, run.per_class, run.synthesis, run.guidance) if run.uses else (run,)
 
+# %% ../../nbs/study/02_grid.ipynb #e9096ca0
 def cut(runs: list[Run], # of a sweep
         n: int, # into how many parts
        ) -> list[list[Run]]: # n lists in the order of `runs`; the last are empty where there is less to share out
@@ -246,6 +247,7 @@ def subset(data: Dataset, shots: int, seed: int) -> Images: # shots: 0 is all
     "The real training images that a run may see."
     return few_shot(data.train, shots, seed) if shots else data.train
 
+# %% ../../nbs/study/02_grid.ipynb #3eac82bb
 def strength(shots: int, # 0 is all
             ) -> float: # in [0, 1]
     "Real Guidance's strength: He et al.'s for the nearest number of shots below that they give one for."
@@ -675,6 +677,7 @@ def job_command(study: Study, job: Job) -> str:
     inner = {k: v for k, v in study.overrides.items() if k != "figures" and not is_resource(k)}
     return command(study, f"nbs/jobs/{job.rule}.ipynb", job.title, job.parameters, inner)
 
+# %% ../../nbs/study/02_grid.ipynb #e43fe023
 def page_command(study: Study, page: Page) -> str:
     "How papermill runs a page."
     apart = dict(figures=f"{study.settings.runs}/figures") if study.overrides else {}
@@ -716,6 +719,7 @@ def _every_setting(study: Study) -> str:
     lines = [(name, k, s.values[k], s.source[k], s.reason[k]) for name, s in every.items() for k in s.values]
     return repr([line for line in lines if not is_resource(line[1])])
 
+# %% ../../nbs/study/02_grid.ipynb #d4d764ac
 def page_state(study: Study, page: Page) -> int:
     "A page's state; the numbers that the paper prints are in it."
     printed = digest(study.root/"figures"/"published.csv")
