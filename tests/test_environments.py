@@ -107,3 +107,17 @@ def test_another_python_does_not_leak_into_make():
     assert not [k for k, v in foreign.items() if seen.get(k) == v]
     assert seen["PYTHONPATH"] == str(ROOT) and seen["PYTHONUTF8"] == "1"
     assert Path(seen["PATH"].split(os.pathsep)[0]) == ROOT/".venv/bin"
+
+
+# ---- what is missing is said before anything starts
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "said"), [("study", "run `make tune PROFILE=evening` first"),
+                                              ("learning_rates", "`make datasets FETCH=pets`")])
+def test_what_is_missing_is_one_sentence(tmp_path, target, said):
+    config = ["profile=evening", *(f"{k}={tmp_path/k}" for k in ("runs", "data", "figures"))]
+    words = [Path(sys.executable).with_name("snakemake"), "--profile", "profiles/local", target, "--config", *config]
+    env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    done = subprocess.run(words, cwd=ROOT, env=env, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode and done.stdout.count(said) == 1
+    assert "Traceback" not in done.stdout and not list(tmp_path.glob("runs/*/logs/*"))
