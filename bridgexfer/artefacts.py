@@ -87,6 +87,7 @@ def _alive(pid: int) -> bool: # of this machine
     except OSError: pass # another user's
     return True
 
+# %% ../nbs/library/00_artefacts.ipynb #2a39beb2
 def _sweep(path: Path):
     "Remove what killed processes of this machine left of a file."
     left = re.compile(re.escape(f".{path.name}.{platform.node()}.") + r"(\d+)\.part")
@@ -102,6 +103,7 @@ def _new_mode(path: Path) -> int: # path: of no file yet
     path.unlink()
     return mode & 0o777
 
+# %% ../nbs/library/00_artefacts.ipynb #36558831
 @contextmanager
 def atomic(path: str | Path): # yields the temporary path to write to
     "Write a file under a temporary name; on leaving without an error it gets its own."

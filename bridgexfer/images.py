@@ -141,6 +141,7 @@ def _quota(path: str = "/sys/fs/cgroup/cpu.max") -> float: # cores; infinite whe
     except (OSError, ValueError): return math.inf
     return math.inf if quota == "max" else int(quota) / int(period)
 
+# %% ../nbs/library/01_images.ipynb #6906b86d
 def available_cores() -> int:
     "How many cores this process may use."
     try: allotted = len(os.sched_getaffinity(0))

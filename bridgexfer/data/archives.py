@@ -428,6 +428,7 @@ def _arrived(f: File, root: Path) -> bool:
     "Whether a file, or anything that it holds, exists."
     return any((root/place).exists() for place in (f.path, *f.holds))
 
+# %% ../../nbs/data/01_archives.ipynb #78393e34
 def _advice(archive: Archive, root: Path) -> str: # ends with a full stop
     "What to do where something is missing: after a failed download, fetch again."
     whole = all(_arrived(f, root) for f in archive.files)

@@ -263,6 +263,7 @@ def require_rates(study: Study) -> None:
     advice = f"run `make tune PROFILE={study.settings.profile}` first, or set `lr` in settings.ini"
     raise FileNotFoundError(f"{near(study.tuned_path)} is missing: {advice}.")
 
+# %% ../../nbs/study/05_costs.ipynb #16092e3f
 def require_data(study: Study) -> None:
     "Raise if a dataset of the paper's ten has neither results nor images."
     def done(dataset): return all(job_path(study.runs_dir, "core", dataset, a).exists() for a in study.archs)
