@@ -5,6 +5,7 @@ import os, re, sys, time
 from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from bridgexfer.study.grid import Study, gather, job_command, job_state, near, page_command, page_state, resources
+from bridgexfer.study.costs import require_data, require_rates
 from bridgexfer.study.workflow import StudyRunning, begin, failures, failures_text
 
 def said(make): # what a user can cause, in one sentence without a traceback
@@ -15,11 +16,13 @@ study = said(lambda: Study(config.get("profile"), **{k: v for k, v in config.ite
 JOBS = said(lambda: {job.key: job for job in study.jobs()})
 RUNS, FIGURES = near(study.runs_dir), near(study.figures_dir)
 BEGAN, LOCK = time.time(), [] # the lock's file is open as long as this process lives
+if {"study", "paper", "jobs"} & {*sys.argv}: said(lambda: require_rates(study))
 if study.offline: os.environ["HF_HUB_OFFLINE"] = "1"
 
 onstart: # not in a dry run
     try: LOCK.append(begin())
     except StudyRunning as e: raise WorkflowError(str(e))
+    said(lambda: require_data(study))
     Path(RUNS, "notebooks").mkdir(parents=True, exist_ok=True)
 
 onerror: # one line of cause for each job that failed

@@ -7,7 +7,7 @@ __all__ = ['LIBRARIES', 'STATE', 'PACKAGE', 'unhashed', 'canonical', 'address', 
            'atomic', 'write_json', 'read_json', 'provenance', 'found_or_made', 'code_hash']
 
 # %% ../nbs/library/00_artefacts.ipynb #f4287061
-import ast, hashlib, json, os, platform, subprocess, time
+import ast, hashlib, json, os, platform, re, subprocess, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, field, fields, is_dataclass
@@ -81,15 +81,41 @@ def digest(path: str | Path) -> str: # 16 hexadecimal digits
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 # %% ../nbs/library/00_artefacts.ipynb #b62cd585
+def _alive(pid: int) -> bool: # of this machine
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except OSError: pass # another user's
+    return True
+
+# %% ../nbs/library/00_artefacts.ipynb #2a39beb2
+def _sweep(path: Path):
+    "Remove what killed processes of this machine left of a file."
+    left = re.compile(re.escape(f".{path.name}.{platform.node()}.") + r"(\d+)\.part")
+    for name in os.listdir(path.parent):
+        found = left.fullmatch(name)
+        if found and not _alive(int(found[1])): (path.parent/name).unlink(missing_ok=True)
+
+# %% ../nbs/library/00_artefacts.ipynb #30859b1c
+def _new_mode(path: Path) -> int: # path: of no file yet
+    "The mode that a new file gets here, by umask and folder."
+    path.touch()
+    mode = path.stat().st_mode
+    path.unlink()
+    return mode & 0o777
+
+# %% ../nbs/library/00_artefacts.ipynb #36558831
 @contextmanager
 def atomic(path: str | Path): # yields the temporary path to write to
     "Write a file under a temporary name; on leaving without an error it gets its own."
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
+    _sweep(path)
+    mode = _new_mode(part)
     try:
         yield part
         with open(part, "rb") as f: os.fsync(f.fileno())
+        part.chmod(mode)
         part.replace(path)
     finally: part.unlink(missing_ok=True)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'FORMATS', 'PIXEL_LIMIT', 'SMALL', 'QUALITY', 'ORIENTATION', 'FILES', 'TooLarge', 'open_image', 'upright',
-           'read_image', 'store', 'open_file', 'store_file', 'square', 'decode_into', 'mapped', 'decoded', 'file_array',
-           'store_files', 'mapped_files', 'Parts', 'Images', 'as_images']
+           'read_image', 'store', 'open_file', 'store_file', 'square', 'available_cores', 'decode_into', 'mapped',
+           'decoded', 'file_array', 'store_files', 'mapped_files', 'Parts', 'Images', 'as_images']
 
 # %% ../nbs/library/01_images.ipynb #4bbac3b8
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 import hashlib
 import io
+import math
 import os
 import re
 import warnings
@@ -133,6 +134,20 @@ def square(file: bytes, # an image file, as stored
     "The square in the middle of a stored image."
     return np.asarray(ImageOps.fit(open_file(file), (size, size), Image.LANCZOS))
 
+# %% ../nbs/library/01_images.ipynb #c3baa720
+def _quota(path: str = "/sys/fs/cgroup/cpu.max") -> float: # cores; infinite where there is none
+    "A container's share of the processors."
+    try: quota, period = Path(path).read_text(encoding="utf-8").split()
+    except (OSError, ValueError): return math.inf
+    return math.inf if quota == "max" else int(quota) / int(period)
+
+# %% ../nbs/library/01_images.ipynb #6906b86d
+def available_cores() -> int:
+    "How many cores this process may use."
+    try: allotted = len(os.sched_getaffinity(0))
+    except AttributeError: allotted = os.cpu_count() or 1 # macOS
+    return max(1, int(min(allotted, _quota())))
+
 # %% ../nbs/library/01_images.ipynb #dc81888f
 def decode_into(pixels: np.ndarray, # (n, size, size, 3) uint8, which receives them
                 decode: Callable, # item -> (size, size, 3)
@@ -140,7 +155,7 @@ def decode_into(pixels: np.ndarray, # (n, size, size, 3) uint8, which receives t
                 label: str = "Decoding", # of the progress bar, which large sets have
                ) -> np.ndarray: # the same array
     "Decode images on all cores, each to its place, so that nothing is held twice."
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         images = pool.map(decode, items)
         bar = tqdm(images, total=len(items), desc=label, unit="image", disable=len(items) < 500)
         for i, image in enumerate(bar): pixels[i] = image
@@ -186,7 +201,7 @@ def store_files(paths: Sequence[Path], # n image files
                 label: str = "Reading", # of the progress bar, which large sets have
                ) -> Iterator[bytes]: # n image files
     "Image files as they are stored, made on all cores."
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         files = pool.map(lambda path: store_file(path, size), paths)
         yield from tqdm(files, total=len(paths), desc=label, unit="image", disable=len(paths) < 500)
 

@@ -12,14 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import repeat
 from math import ceil
-import os
 from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from .datasets import Augment
-from .images import Images, open_file
+from .images import Images, available_cores, open_file
 
 # %% ../nbs/library/08_loading.ipynb #51a8d1ff
 class InputConfig(NamedTuple):
@@ -208,7 +207,7 @@ def draw_crops(images: Images, # kept as files
                rng: torch.Generator,
               ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: # (n, size, size, 3) uint8; (n,) int64
     "One pass over files: its crops, decoded on all cores."
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         for files, labels, boxes, flip in _draw(images, batch, augment, rng, opened):
             crops = pool.map(cropped, files, boxes.tolist(), flip.tolist(), repeat(size))
             yield torch.from_numpy(np.stack(list(crops))), labels
@@ -267,7 +266,7 @@ def centre_crop(file: bytes, # an image file, as stored
 # %% ../nbs/library/08_loading.ipynb #ecea7a63
 def _file_centres(images: Images, batch: int, size: int) -> Iterator[list[torch.Tensor]]: # (n, size, size, 3) uint8
     "The middle of each image that is kept as a file, decoded on all cores."
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         for i in range(0, len(images), batch):
             crops = pool.map(centre_crop, images.pixels[i:i + batch], repeat(size))
             yield [torch.from_numpy(np.stack(list(crops)))]

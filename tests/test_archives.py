@@ -201,6 +201,9 @@ ANNOTATIONS = {
     "sun397": ("ClassName.txt", "Training_01.txt", "Testing_01.txt")}
 
 
+ADVICE = "(extract the official archive again|`make datasets|its makers)" # the last two where a file never arrived
+
+
 @pytest.mark.parametrize("name", ANNOTATIONS)
 def test_each_missing_or_damaged_annotation_file_is_named(small, tmp_path, name):
     written = small(name, images="none")
@@ -209,7 +212,7 @@ def test_each_missing_or_damaged_annotation_file_is_named(small, tmp_path, name)
     for file in ANNOTATIONS[name]:
         path = tmp_path/ARCHIVES[name].folder/file
         path.rename(tmp_path/"aside")
-        with pytest.raises(FileNotFoundError, match=rf"{re.escape(str(path))} is missing: extract"): listed()
+        with pytest.raises(FileNotFoundError, match=rf"{re.escape(str(path))} is missing: {ADVICE}"): listed()
         if name == "caltech101": break
         whole = (tmp_path/"aside").read_bytes()
         cut_off = whole[:len(whole) * 2 // 3]
@@ -315,6 +318,14 @@ def test_an_image_in_both_parts_is_noticed(small, tmp_path):
 
 
 # ---- what is there
+
+def test_after_a_failed_download_the_advice_is_to_fetch_again(tmp_path):
+    folder = tmp_path/ARCHIVES["pets"].folder
+    folder.mkdir(parents=True)
+    (tmp_path/f"{ARCHIVES['pets'].files[0].path}.part").write_bytes(b"half")
+    todo = find_archive("pets", tmp_path).todo
+    assert "make datasets FETCH=pets" in todo and "extract the official archive again" not in todo
+
 
 def test_finding_never_raises_and_says_what_to_do(small, tmp_path):
     written = small("dtd", images="tiny")

@@ -423,6 +423,17 @@ class Listing:
     train: tuple[tuple[str, int], ...] # (path below the data root, label), sorted
     test: tuple[tuple[str, int], ...] # the same
 
+# %% ../../nbs/data/01_archives.ipynb #5a0c1e7b
+def _arrived(f: File, root: Path) -> bool:
+    "Whether a file, or anything that it holds, exists."
+    return any((root/place).exists() for place in (f.path, *f.holds))
+
+# %% ../../nbs/data/01_archives.ipynb #78393e34
+def _advice(archive: Archive, root: Path) -> str: # ends with a full stop
+    "What to do where something is missing: after a failed download, fetch again."
+    whole = all(_arrived(f, root) for f in archive.files)
+    return f"{AGAIN}." if whole else how_to_get(archive, root)
+
 # %% ../../nbs/data/01_archives.ipynb #374c88f8
 def list_archive(name: str | Archive, # one of the ten
                  root: str | Path, # the data root
@@ -433,13 +444,15 @@ def list_archive(name: str | Archive, # one of the ten
     folder = Path(root)/archive.folder
     if not folder.is_dir(): raise FileNotFoundError(f"{folder} is missing: {how_to_get(archive, root)}")
     labels = {source: i for i, source in enumerate(class_sources(archive.name))}
-    parts = LISTERS[archive.name](folder, labels)
+    advice = _advice(archive, Path(root))
+    try: parts = LISTERS[archive.name](folder, labels)
+    except FileNotFoundError as e: raise FileNotFoundError(str(e).replace(f"{AGAIN}.", advice)) from None
     _check_lists(archive, folder, *parts)
     train, test = (tuple(sorted((f"{archive.folder}/{path}", label) for path, label in part)) for part in parts)
     missing = _missing(Path(root), [path for path, _ in train + test]) if check_files else []
     if missing:
         raise FileNotFoundError(f"{len(missing)} of the {len(train + test)} images of {archive.name} are missing, "
-                                f"the first is {Path(root)/missing[0]}: {AGAIN}.")
+                                f"the first is {Path(root)/missing[0]}: {advice}")
     return Listing(class_names(archive.name), train, test)
 
 # %% ../../nbs/data/01_archives.ipynb #4be2be4c

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Trial', 'SD15', 'H100', 'TWO_CORES', 'FORM', 'Target', 'targets_of', 'Work', 'Counter', 'PassCounter', 'tuning',
-           'Wanted', 'wanted_runs', 'work_of', 'Rate', 'Rates', 'costs', 'plan_line', 'show_plan', 'plan_text']
+           'Wanted', 'wanted_runs', 'work_of', 'Rate', 'Rates', 'costs', 'plan_line', 'show_plan', 'plan_text',
+           'require_rates', 'require_data']
 
 # %% ../../nbs/study/05_costs.ipynb #ba3d9d7a
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from math import nan
 from pathlib import Path
 from typing import NamedTuple
 import pandas as pd
+from ..data.archives import ARCHIVES, find_archive
 from ..data.registry import dataset_info, train_size
-from .grid import FROM_REAL, SWEEPS, SetKey, Study
+from .grid import FROM_REAL, SWEEPS, SetKey, Study, near
 from ..transfer import Run, pipeline
 from ..models import SHIPPED
+from .records import job_path
 
 # %% ../../nbs/study/05_costs.ipynb #039eadbd
 @dataclass(frozen=True)
@@ -252,3 +255,20 @@ def plan_text(study: Study) -> str:
     "The plan of a profile as text, at the rates of the device that it is for."
     rates = TWO_CORES if study.offline else H100
     return show_plan(costs(work_of(study, targets_of(study)), rates), rates)
+
+# %% ../../nbs/study/05_costs.ipynb #1c3e1c17
+def require_rates(study: Study) -> None:
+    "Raise if learning rates are to be those of `make tune`, and there are none."
+    if study.settings.lr != "tuned" or study.tuned_path.exists(): return
+    advice = f"run `make tune PROFILE={study.settings.profile}` first, or set `lr` in settings.ini"
+    raise FileNotFoundError(f"{near(study.tuned_path)} is missing: {advice}.")
+
+# %% ../../nbs/study/05_costs.ipynb #16092e3f
+def require_data(study: Study) -> None:
+    "Raise if a dataset of the paper's ten has neither results nor images."
+    def done(dataset): return all(job_path(study.runs_dir, "core", dataset, a).exists() for a in study.archs)
+    needed = [d for d in study.datasets if d in ARCHIVES and not done(d)]
+    found = [find_archive(d, study.data_dir, check_files=False) for d in needed]
+    if lacking := [status.todo for status in found if not status.found]:
+        others = f" {len(lacking) - 1} more datasets are missing: `make datasets`." if len(lacking) > 1 else ""
+        raise FileNotFoundError(lacking[0] + others)

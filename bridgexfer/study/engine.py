@@ -71,6 +71,7 @@ def short_folder(longest: int = 60, # characters of a path that leave room for t
     fit = (p for p in places if len(os.fsencode(p)) <= longest and os.access(p, os.W_OK | os.X_OK))
     return next(fit, None)
 
+# %% ../../nbs/study/07_engine.ipynb #f9cdc34e
 class OwnKernel(AsyncKernelManager):
     "Starts the kernel of this environment, whatever a user has installed under its name."
     @property

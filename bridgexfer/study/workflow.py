@@ -57,6 +57,7 @@ def _errors(notebook: Path) -> list[str]: # need not exist
     errors = [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
     return [f"{e['ename']}: {' '.join(e['evalue'].split())}" for e in errors]
 
+# %% ../../nbs/study/06_workflow.ipynb #363408c7
 def cause(notebook: Path, # as it was left; need not exist
           log: Path, # of papermill, with its exit status
          ) -> str | None: # one line; None if the job has ended well

@@ -1,0 +1,123 @@
+"""Where commands run: other locales, another Python's variables, no home, long paths; and jobs that are killed."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from bridgexfer.study.workflow import cause
+from test_project import ROOT
+
+MAKE = ("make", "--no-print-directory", "-o", ".venv/.complete")
+
+
+def run_cell(source, folder, env=(), engine="ipc"):
+    "Run a notebook of one cell as the Snakefile runs a job: its exit status, notebook and log."
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata={"kernelspec": {
+        "name": "python3", "display_name": "python3", "language": "python"}})
+    nbformat.write(notebook, folder/"a.ipynb")
+    shell = next(line.split('"')[1] for line in (ROOT/"Snakefile").read_text(encoding="utf-8").splitlines()
+                 if line.startswith("LOGGED"))
+    words = f"{sys.executable} -m papermill --engine {engine} --no-progress-bar a.ipynb b.ipynb"
+    command = shell.replace("{params.command}", words).replace("{log:q}", "log.txt")
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env={**os.environ, **dict(env)})
+    return done.returncode, folder/"b.ipynb", folder/"log.txt"
+
+
+# ---- how a job ended
+
+def test_a_job_that_ends_well_has_no_cause(tmp_path):
+    code, notebook, log = run_cell("1", tmp_path)
+    assert code == 0 and cause(notebook, log) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_kernel_that_is_killed_is_named_as_killed(tmp_path, number):
+    code, notebook, log = run_cell(f"import os; os.kill(os.getpid(), {int(number)})", tmp_path)
+    why = cause(notebook, log)
+    assert code and f"killed by {signal.Signals(number).name}" in why
+    assert ("out of memory" in why) == (number == signal.SIGKILL)
+
+
+def test_papermill_that_is_killed_is_named_as_killed(tmp_path):
+    code, notebook, log = run_cell("import os; os.kill(os.getppid(), 9)", tmp_path)
+    assert code == 137 and "killed by SIGKILL: most likely out of memory" in cause(notebook, log)
+
+
+def test_a_command_that_is_missing_is_not_a_kill(tmp_path):
+    (tmp_path/"log.txt").write_text("bash: papermill: command not found\nEnded with status 127\n", encoding="utf-8")
+    why = cause(tmp_path/"none", tmp_path/"log.txt")
+    assert "not found" in why and "outside" not in why
+
+
+# ---- the kernel is this environment's
+
+def foreign_kernel(folder):
+    "A user's kernelspec that fails, under the name that notebooks have."
+    spec = folder/"share/jupyter/kernels/python3/kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text('{"argv": ["/bin/false"], "display_name": "mine", "language": "python"}', encoding="utf-8")
+    return {"JUPYTER_PATH": str(folder/"share/jupyter"), "JUPYTER_PREFER_ENV_PATH": "0"}
+
+
+def foreign_startup(folder):
+    "A user's start-up file of IPython that fails."
+    startup = folder/"ipython/profile_default/startup/00.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text("seen = 'mine'", encoding="utf-8")
+    return {"IPYTHONDIR": str(folder/"ipython")}
+
+
+def long_folder(folder):
+    "A folder for temporary files with a path too long for sockets."
+    long = folder/("t" * 60)/("t" * 60)
+    long.mkdir(parents=True)
+    return {"TMPDIR": str(long)}
+
+
+def no_utf8(folder): return {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [foreign_kernel, foreign_startup, long_folder, no_utf8])
+def test_jobs_run_anywhere(tmp_path, place):
+    source = "import sys\nassert 'seen' not in globals()\nprint('“' + sys.prefix)"
+    code, notebook, log = run_cell(source, tmp_path, place(tmp_path))
+    assert code == 0, log.read_text(encoding="utf-8")
+    assert f"“{sys.prefix}" in notebook.read_text(encoding="utf-8")
+
+
+# ---- make's commands have the environment's Python and no other's
+
+def recipe_environment(**env):
+    "What a recipe of the Makefile sees."
+    printing = "include Makefile\nseen:\n\t@$(RUN) env\n"
+    done = subprocess.run([*MAKE, "-f", "-", "seen"], cwd=ROOT, env={**os.environ, **env}, input=printing,
+                          stdout=subprocess.PIPE, encoding="utf-8", check=True)
+    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+
+
+def test_another_python_does_not_leak_into_make():
+    foreign = dict(PYTHONHOME="/nowhere", PYTHONPATH="/nowhere", CONDA_PREFIX="/nowhere", MPLBACKEND="nonsense",
+                   PYTHONWARNINGS="error", PYTHONOPTIMIZE="2", PIP_USER="1")
+    seen = recipe_environment(**foreign)
+    assert not [k for k, v in foreign.items() if seen.get(k) == v]
+    assert seen["PYTHONPATH"] == str(ROOT) and seen["PYTHONUTF8"] == "1"
+    assert Path(seen["PATH"].split(os.pathsep)[0]) == ROOT/".venv/bin"
+
+
+# ---- what is missing is said before anything starts
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "said"), [("study", "run `make tune PROFILE=evening` first"),
+                                              ("learning_rates", "`make datasets FETCH=pets`")])
+def test_what_is_missing_is_one_sentence(tmp_path, target, said):
+    config = ["profile=evening", *(f"{k}={tmp_path/k}" for k in ("runs", "data", "figures"))]
+    words = [Path(sys.executable).with_name("snakemake"), "--profile", "profiles/local", target, "--config", *config]
+    env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    done = subprocess.run(words, cwd=ROOT, env=env, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode and done.stdout.count(said) == 1
+    assert "Traceback" not in done.stdout and not list(tmp_path.glob("runs/*/logs/*"))
