@@ -17,8 +17,9 @@ import typer
 # %% ../nbs/apps/01_cli.ipynb #a6f7e696
 app = typer.Typer(
     help="Bridged transfer: fine-tune on synthetic images first and on real ones second.",
-    epilog="Exit codes: 0 success, 1 a check found errors, 2 wrong input or something missing, 70 a bug, 130 interrupted. "
-           "With BRIDGEXFER_DEBUG=1 in the environment, an error is preceded by its traceback.",
+    epilog="Exit codes: 0 success, 1 a check found errors, 2 wrong input or something missing, 70 a bug, "
+           "130 interrupted, 141 output not read. With BRIDGEXFER_DEBUG=1 in the environment, an error is preceded by "
+           "its traceback.",
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 def _argument(metavar: str, help: str): return typer.Argument(metavar=metavar, help=help)
@@ -208,17 +209,19 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
              profile: Profile = None, as_json: AsJson = False) -> int:
     "Fine-tune with and without synthetic images, compare on the test images, keep the better classifier."
     from bridgexfer.data.check import check_folder
+    from bridgexfer.data.registry import dataset_folder
     from bridgexfer.own_images import compare_own, save_outcome
     from bridgexfer.synthetic_sets import SyntheticSet
     folder = _new_folder(out)
-    if Path(dataset).is_dir() and not (report := check_folder(dataset)).ok:
+    device = _device(device)
+    if dataset_folder(dataset) and not (report := check_folder(dataset)).ok:
         text = f"{report.text()}\nRepair these first; nothing was trained."
         return _answer(1, {"check": report.to_dict()}, text, as_json)
     study = _own_study(dataset, profile, settings, images=images, seeds=seeds, model=model)
     given = SyntheticSet(synthetic) if synthetic else None
     if not given: _notice(study)
     data = study.load(dataset)
-    how = dict(style=style, given=given, device=_device(device))
+    how = dict(style=style, given=given, device=device)
     arch = arch or study.archs[0]
     outcome = compare_own(study, data, arch, _chosen(study, data, arch, **how), **how)
     save_outcome(outcome, study, folder)
