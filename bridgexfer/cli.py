@@ -281,7 +281,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(" .:") + "."
 
 MEMORY = r"[Oo]ut of memory|allocate memory|not enough memory|ALLOC_FAILED"
-GPU = r"NVIDIA|CUDA|cuda|cuDNN|CUBLAS|[Nn]ot compiled with"
+GPU = r"NVIDIA driver|CUDA error|CUDA driver|No CUDA GPUs|cuDNN error|CUBLAS_STATUS|[Nn]ot compiled|no kernel image"
 NETWORK = {"httpx", "httpx2", "httpcore", "huggingface_hub", "requests", "urllib3"} # packages
 ENVIRONMENT = ("ImportError", "SafetensorError", "BadZipFile", "TarError") # other classes that a user can cause
 

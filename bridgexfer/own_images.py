@@ -23,7 +23,7 @@ from torch import nn
 # %% ../nbs/apps/00_own_images.ipynb #5e41513a
 from .artefacts import digest, spec_hash, write_json
 from .backbones import input_config
-from .data.registry import dataset_info
+from .data.registry import dataset_folder, dataset_info
 from .datasets import Dataset
 from .finetune import NonFiniteLoss
 from .images import SMALL, Images
@@ -54,7 +54,7 @@ def own_study(dataset: str, # a folder, or a name of the registry
     "A profile for one dataset; its seeds share one synthetic set."
     study = Study(profile, **{"sets": 1, **overrides})
     names = dataset_info(dataset).names
-    warn_of_names(names)
+    if dataset_folder(dataset): warn_of_names(names)
     unknown = sorted(set(names) - SHIPPED_NAMES)
     if study.offline and unknown:
         raise ValueError(f"The shipped model draws letters and digits and knows no {unknown[0]!r}: "
