@@ -50,6 +50,7 @@ def open_image(path: str | Path, # an image file
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning) # because of our own limit
+            warnings.filterwarnings("ignore", "Corrupt EXIF data") # which viewers tolerate
             im = Image.open(path, formats=FORMATS)
         with im:
             if im.width * im.height > limit: raise _too_large(path, im.width * im.height, limit)
