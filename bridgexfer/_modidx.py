@@ -301,6 +301,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'bridgexfer.datasets.folder_files': ('library/datasets.html#folder_files', 'bridgexfer/datasets.py'),
                                      'bridgexfer.datasets.folder_info': ('library/datasets.html#folder_info', 'bridgexfer/datasets.py'),
                                      'bridgexfer.datasets.folder_layout': ('library/datasets.html#folder_layout', 'bridgexfer/datasets.py'),
+                                     'bridgexfer.datasets.follows_links': ('library/datasets.html#follows_links', 'bridgexfer/datasets.py'),
                                      'bridgexfer.datasets.given_names': ('library/datasets.html#given_names', 'bridgexfer/datasets.py'),
                                      'bridgexfer.datasets.held_out': ('library/datasets.html#held_out', 'bridgexfer/datasets.py'),
                                      'bridgexfer.datasets.hold_out': ('library/datasets.html#hold_out', 'bridgexfer/datasets.py'),

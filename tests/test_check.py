@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from bridgexfer.data.registry import dataset_info, load_dataset
-from bridgexfer.datasets import folder_files
+from bridgexfer.datasets import folder_files, hold_out
 from bridgexfer.images import PIXEL_LIMIT, TooLarge, open_image, read_image, store_file, upright
 from bridgexfer.data.check import FINDINGS, check_folder, contact_sheet
 
@@ -365,7 +365,8 @@ def test_odd_class_names_are_read_or_reported(tmp_path, name, split):
     report = check_folder(folder, write=tmp_path/"findings.csv")
     rows = set(report.findings[["kind", "file"]].itertuples(index=False, name=None))
     if name == "..hidden":
-        assert dataset_info(str(folder)).names == ("owl",) and {k for k, _ in rows if k != "single"} == {"not read", "one class"}
+        assert dataset_info(str(folder)).names == ("owl",)
+        assert {k for k, _ in rows if k != "single"} == {"not read", "one class"}
     elif name in ("-", "a\x07b", "caf\udce9"): # no name for a prompt
         assert not report.ok and "prompt names" in {k for k, _ in rows}
         with pytest.raises(ValueError, match="which no prompt can use"): dataset_info(str(folder))
@@ -580,6 +581,31 @@ def test_links_are_reported_and_not_followed(folder, tmp_path):
     with pytest.raises(ValueError, match="test is a link"): check_folder(folder)
     (tmp_path/"by link").symlink_to(folder/"train")
     assert load_dataset(str(tmp_path/"by link")).info.names == ("owl", "red fox") # the dataset itself may be a link
+
+
+@pytest.mark.parametrize("what", ["file", "class", "split"])
+def test_links_are_followed_where_the_folder_says_so(folder, tmp_path, what):
+    before = load_dataset(str(folder))
+    moved = {"file": folder/"train"/"owl"/"0.png", "class": folder/"train"/"owl", "split": folder/"train"}[what]
+    blob = tmp_path/"blobs"/"1f3a" # without a suffix, as in a cache
+    blob.parent.mkdir()
+    moved.rename(blob)
+    moved.symlink_to(blob)
+    with pytest.raises(ValueError, match="link"): load_dataset(str(folder))
+    (folder/".follow-links").touch()
+    assert not found(folder) and load_dataset(str(folder)).train.digest == before.train.digest
+    (folder/"train"/"owl"/"gone.png").symlink_to(tmp_path/"gone.png")
+    (folder/"test"/"owl"/"circle").symlink_to(folder)
+    assert found(folder) == {("link", "train/owl/gone.png"), ("link", "test/owl/circle")}
+
+
+def test_one_image_of_each_class_leaves_none_to_validate(folder):
+    for split in ("train", "test"):
+        for f in folder.glob(f"{split}/*/[12].png"): f.unlink()
+    train = load_dataset(str(folder)).train
+    assert len(train) == 2 and {k for k, _ in found(folder)} == {"single"}
+    with pytest.raises(ValueError, match="No class has two training images.*give the learning rate, lr"):
+        hold_out(train, 0.2, 0)
 
 
 def test_pipes_are_not_opened(folder):

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..artefacts import atomic
 from ..images import PIXEL_LIMIT, SUFFIXES, TooLarge, in_srgb, open_image, orientation, read_image, upright
 from ..prompts import name_of_folder, names_nothing
-from ..datasets import SPLITS, class_folders, content_number, folder_layout, held_out
+from ..datasets import FOLLOW, SPLITS, class_folders, content_number, folder_layout, held_out
 from ..datasets import plain, prompt_names, walk_folder
 
 # %% ../../nbs/data/03_check.ipynb #8250d73d
@@ -93,7 +93,7 @@ def left_out(entry: Entry) -> tuple[str, str]: # kind of finding, text
     "Why a file is not read, and what to do about it."
     if entry.kind == "link":
         return "link", ("is a link to a folder, or to an image outside this folder, and is not followed: "
-                        "put a copy in its place, or remove it.")
+                        f"put a copy in its place, remove it, or put an empty file {FOLLOW} into the dataset's folder.")
     if entry.kind == "image": return "not read", "is outside the class folders: move it into one."
     if entry.kind == "litter": return "ignored", "was left by a NAS, an archive or a desktop, and is not read."
     if entry.kind == "hidden":
@@ -334,7 +334,7 @@ def check_folder(folder: str | Path, # a dataset's folder
     counts = _count(images, classes, names)
     rows += [finding(e, *remark) for e in images for remark in e.remarks]
     rows += [*copies(images), *near_copies(images), *class_findings(folder, counts), *odd_names(entries)]
-    rows += [finding(e, *left_out(e)) for e in entries if not e.labelled and e.file != "names.json"]
+    rows += [finding(e, *left_out(e)) for e in entries if not e.labelled and e.file not in ("names.json", FOLLOW)]
     report = Report(str(folder), "" not in layout, counts, _table(rows))
     if write:
         with atomic(write) as part: report.findings.to_csv(part, index=False)
