@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from .artefacts import PACKAGE, digest
 from .loading import InputConfig
+from .models import said_by_hub
 
 # %% ../nbs/library/09_backbones.ipynb #22459c25
 @dataclass(frozen=True)
@@ -127,10 +128,8 @@ def fetch_weights(timm_name: str, # with its weight tag
                                "choose a model of timm.list_models(pretrained=True) that has one.")
     try: return hf_hub_download(repo, "model.safetensors", revision=commit or revision or None)
     except OSError as e:
-        why = f"did not serve it ({type(e).__name__}; HF_HUB_OFFLINE=1 skips asking)"
-        if constants.HF_HUB_OFFLINE: why = "was not asked because HF_HUB_OFFLINE is set"
         raise OSError(f"Cannot open the weights {timm_name}: {repo} has no model.safetensors "
-                      f"in the cache {constants.HF_HUB_CACHE}, and the hub {why}.") from None
+                      f"in the cache {constants.HF_HUB_CACHE}, and the hub {said_by_hub(e)}.") from None
 
 # %% ../nbs/library/09_backbones.ipynb #7e441743
 def _fetched(arch: str) -> nn.Module:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device', 'Style', 'Profile', 'AsJson', 'Settings', 'KeyValues',
-           'Fetch', 'Backbones', 'Backbone', 'Given', 'Row', 'SEVERAL', 'key_values', 'check', 'datasets', 'invert',
-           'generate', 'verify', 'leep', 'transfer', 'plan', 'table', 'provenance', 'repeat_option', 'main']
+           'Fetch', 'Backbones', 'Backbone', 'Given', 'Row', 'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT',
+           'BUG', 'BROKEN_PIPE', 'key_values', 'check', 'datasets', 'invert', 'generate', 'verify', 'leep', 'transfer',
+           'plan', 'table', 'provenance', 'repeat_option', 'explain', 'main']
 
 # %% ../nbs/apps/01_cli.ipynb #373bd560
-import json, os, sys
+import json, os, re, sys, traceback
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -16,7 +17,9 @@ import typer
 # %% ../nbs/apps/01_cli.ipynb #a6f7e696
 app = typer.Typer(
     help="Bridged transfer: fine-tune on synthetic images first and on real ones second.",
-    epilog="Exit codes: 0 success, 1 a check found errors, 2 wrong input or something missing, 130 interrupted.",
+    epilog="Exit codes: 0 success, 1 a check found errors, 2 wrong input or something missing, 70 a bug, "
+           "130 interrupted, 141 output not read. With BRIDGEXFER_DEBUG=1 in the environment, an error is preceded by "
+           "its traceback.",
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 def _argument(metavar: str, help: str): return typer.Argument(metavar=metavar, help=help)
@@ -43,19 +46,30 @@ def key_values(words: list[str] | None) -> dict[str, str]: # words: such as "gui
     "Settings by their keys."
     if wrong := [w for w in words or () if "=" not in w]:
         raise ValueError(f"A setting is key=value, got {wrong[0]!r}: the keys are in settings.ini.")
-    return dict(w.split("=", 1) for w in words or ())
+    pairs = [[part.strip() for part in word.split("=", 1)] for word in words or ()]
+    if wrong := [key for key, _ in pairs if key in ("path", "self", "dataset")]: # arguments of what takes settings
+        raise ValueError(f"Unknown setting {wrong[0]!r}: the keys are in settings.ini.")
+    return dict(pairs)
 
 # %% ../nbs/apps/01_cli.ipynb #13dae388
 def _own_study(dataset: str, profile: str | None, words: list[str] | None, **options): # of `own_study`
     "The profile that the options name, with their changes."
     from bridgexfer.own_images import own_study
-    named = {k: v for k, v in options.items() if v is not None}
-    return own_study(dataset, profile, **{**named, **key_values(words)})
+    named = {k: v for k, v in dict(profile=profile, **options).items() if v is not None}
+    changes = key_values(words)
+    if twice := [k for k, v in named.items() if changes.get(k, v) != v]:
+        raise ValueError(f"--{twice[0]} {named[twice[0]]} and --set {twice[0]}={changes[twice[0]]} differ: give one.")
+    return own_study(dataset, **{**named, **changes})
 
 # %% ../nbs/apps/01_cli.ipynb #7f811a3c
 def _device(name: str | None) -> str:
+    "A device that computes: something is copied there and back."
     import torch
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None: name = "cuda" if torch.cuda.is_available() else "cpu"
+    try: torch.ones(1, device=name).add(1).cpu()
+    except Exception as e: raise ValueError(f"The device {name!r} cannot be used: {_first_line(e)} "
+                                            "Give another with --device, such as cpu.") from e
+    return name
 
 def _notice(study) -> None: # licence of the text-to-image model
     from bridgexfer.models import notice
@@ -195,17 +209,19 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
              profile: Profile = None, as_json: AsJson = False) -> int:
     "Fine-tune with and without synthetic images, compare on the test images, keep the better classifier."
     from bridgexfer.data.check import check_folder
+    from bridgexfer.data.registry import dataset_folder
     from bridgexfer.own_images import compare_own, save_outcome
     from bridgexfer.synthetic_sets import SyntheticSet
     folder = _new_folder(out)
-    if Path(dataset).is_dir() and not (report := check_folder(dataset)).ok:
+    device = _device(device)
+    if dataset_folder(dataset) and not (report := check_folder(dataset)).ok:
         text = f"{report.text()}\nRepair these first; nothing was trained."
         return _answer(1, {"check": report.to_dict()}, text, as_json)
     study = _own_study(dataset, profile, settings, images=images, seeds=seeds, model=model)
     given = SyntheticSet(synthetic) if synthetic else None
     if not given: _notice(study)
     data = study.load(dataset)
-    how = dict(style=style, given=given, device=_device(device))
+    how = dict(style=style, given=given, device=device)
     arch = arch or study.archs[0]
     outcome = compare_own(study, data, arch, _chosen(study, data, arch, **how), **how)
     save_outcome(outcome, study, folder)
@@ -258,13 +274,78 @@ def repeat_option(argv: list[str]) -> list[str]: # words of a command line
         inside = inside or word == option
     return words
 
+# %% ../nbs/apps/01_cli.ipynb #7059b060
+def _first_line(error: BaseException) -> str:
+    "What an error says, up to its first line's end, or its class where it says nothing."
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(" .:") + "."
+
+MEMORY = r"[Oo]ut of memory|allocate memory|not enough memory|ALLOC_FAILED"
+GPU = r"NVIDIA driver|CUDA error|CUDA driver|No CUDA GPUs|cuDNN error|CUBLAS_STATUS|[Nn]ot compiled|no kernel image"
+NETWORK = {"httpx", "httpx2", "httpcore", "huggingface_hub", "requests", "urllib3"} # packages
+ENVIRONMENT = ("ImportError", "SafetensorError", "BadZipFile", "TarError") # other classes that a user can cause
+
+# %% ../nbs/apps/01_cli.ipynb #781bc519
+def _advice(error: BaseException) -> str | None: # None: the error's own sentence says it
+    "What to do about an error of another library, after its first line."
+    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    runtime = isinstance(error, RuntimeError | AssertionError) # what torch raises
+    if isinstance(error, MemoryError) or runtime and re.search(MEMORY, str(error)):
+        return ("There is too little memory: give smaller numbers for generate_batch, which changes no image, or for "
+                "batch and inversion_batch, which change results; or another machine.")
+    if runtime and re.search(GPU, str(error)): return "The GPU cannot be used: --device cpu does without it."
+    if packages & NETWORK: return "Run the same command again when the network or the server answers."
+    return None
+
+# %% ../nbs/apps/01_cli.ipynb #74950b1b
+def explain(error: Exception) -> str | None: # one sentence or two; None: no user can cause this
+    "What a user has to know of an error."
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, typer.TyperException): return error.format_message()
+    if advice := _advice(error): return f"{type(error).__name__}: {_first_line(error)} {advice}"
+    if "NonFiniteLoss" in kinds or type(error) is ArithmeticError: return str(error) # of our own
+    if kinds.intersection(ENVIRONMENT): return f"{type(error).__name__}: {_first_line(error)}"
+    if not isinstance(error, ValueError | OSError): return None
+    return " ".join(str(error).split()) or type(error).__name__
+
+# %% ../nbs/apps/01_cli.ipynb #52c95d95
+BUG = 70 # exit code: EX_SOFTWARE of sysexits.h
+BROKEN_PIPE = 141 # exit code: as of a program that SIGPIPE ends
+
+def _report(error: Exception) -> int: # exit code
+    "Say what went wrong, and give the command's exit code."
+    if os.environ.get("BRIDGEXFER_DEBUG"): traceback.print_exception(error)
+    if text := explain(error):
+        print(f"bridgexfer: {text}", file=sys.stderr)
+        return 2
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{type(error).__name__}: {_first_line(error)} ({Path(frame.filename).name}:{frame.lineno})"
+    print(f"bridgexfer: this is a bug in bridgexfer, {place} Please report it with the command and with what it prints "
+          "when BRIDGEXFER_DEBUG=1 is set in the environment.", file=sys.stderr)
+    return BUG
+
+# %% ../nbs/apps/01_cli.ipynb #a82ad5df
+def _end_quietly() -> int: # exit code
+    "Throw away what nobody reads any more."
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.__stdout__.fileno())
+    return BROKEN_PIPE
+
+def _run(words: list[str]) -> int: # exit code
+    "Run a command, and write all of its output."
+    try:
+        code = app(repeat_option(words), prog_name="bridgexfer", standalone_mode=False)
+        sys.stdout.flush()
+    except SystemExit as e: # typer's, after a broken pipe
+        if not isinstance(e.__context__, BrokenPipeError): raise
+        raise e.__context__ from None
+    return code
+
 # %% ../nbs/apps/01_cli.ipynb #3111b65a
 def main(argv: list[str] | None = None) -> int: # exit code
     "Run a command."
-    words = sys.argv[1:] if argv is None else argv
-    try: code = app(repeat_option(words), prog_name="bridgexfer", standalone_mode=False)
-    except (typer.TyperException, ValueError, OSError) as e:
-        print(f"bridgexfer: {e.format_message() if isinstance(e, typer.TyperException) else e}", file=sys.stderr)
-        return 2
+    try: code = _run(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError: return _end_quietly()
+    except Exception as e: return _report(e)
     if code == 130: print("Interrupted: what was made is kept, run the same command again to resume.", file=sys.stderr)
     return code

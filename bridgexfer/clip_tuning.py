@@ -22,6 +22,7 @@ from .artefacts import stable_hash, unhashed
 from .finetune import check_finite
 from .fixed_features import FeatureSpec, Head, cached_features, head_predict, head_result
 from .fixed_features import to_head, to_layer
+from .generation import check_lengths
 from .images import Images
 from .models import SHIPPED, find_model, find_weights, quiet, unopened
 from .prompts import templates
@@ -110,6 +111,7 @@ def zero_shot_head(clip: Clip,
     "A classifier of embedded images, made of class names."
     def row(name):
         prompts = [s.format(name) for s in sentences]
+        check_lengths(clip, prompts)
         ids = clip.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(clip.model.device)
         t = F.normalize(clip.model.get_text_features(**ids).pooler_output, dim=-1)
         return F.normalize(t.mean(0), dim=0)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEDULERS', 'FORMATS', 'SYNTHESIS_VERSION', 'AT_ONCE', 'STRENGTHS', 'check_choice', 'check_whole', 'check_texts',
            'check_classes', 'check_guidance', 'check_spec', 'as_texts', 'one_spelling', 'SynthesisSpec',
-           'synthesis_spec', 'Row', 'plan', 'make_scheduler', 'embed', 'decode', 'resized', 'encode', 'latent_noise',
-           'begin', 'predict_noise', 'denoise', 'takes_loop', 'call_pipeline', 'check_request', 'sample']
+           'synthesis_spec', 'Row', 'plan', 'make_scheduler', 'embed', 'check_images', 'decode', 'resized', 'encode',
+           'latent_noise', 'begin', 'predict_noise', 'denoise', 'takes_loop', 'call_pipeline', 'check_lengths',
+           'check_request', 'sample']
 
 # %% ../nbs/library/05_generation.ipynb #0484ca18
 import copy, inspect
@@ -213,6 +214,16 @@ def embed(pipe: "diffusers.StableDiffusionPipeline", # the model
 # %% ../nbs/library/05_generation.ipynb #052de7a9
 AT_ONCE = 2**21 # pixels
 
+# %% ../nbs/library/05_generation.ipynb #d88ba8e3
+def check_images(finite: np.ndarray, # (n,) bool, of each image: whether all of its values are finite
+                 dtype: torch.dtype, # that the model computed in
+                ) -> None:
+    "Reject images of NaN or infinity, which would be stored as black or white."
+    if finite.all(): return
+    raise ValueError(f"The model made {(~finite).sum()} of {len(finite)} images of values that are not finite numbers "
+                     f"(NaN or infinity), computing in {str(dtype).removeprefix('torch.')}: none of this shard is "
+                     "stored. Its weights are damaged, or it needs the precision float32.")
+
 # %% ../nbs/library/05_generation.ipynb #4aebbe99
 def decode(pipe: "diffusers.StableDiffusionPipeline", # the model
            z: torch.Tensor, # (n, channels, h, h) latents
@@ -221,8 +232,9 @@ def decode(pipe: "diffusers.StableDiffusionPipeline", # the model
     vae = pipe.vae
     images = max(1, AT_ONCE // (z.shape[-1] * pipe.vae_scale_factor)**2)
     def pixels(some): return vae.decode((some / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
-    x = torch.cat([pixels(some) for some in z.split(images)])
-    x = (x.float() / 2 + 0.5).clamp(0, 1) * 255
+    x = torch.cat([pixels(some) for some in z.split(images)]).float()
+    check_images(x.isfinite().flatten(1).all(1).cpu().numpy(), vae.dtype)
+    x = (x / 2 + 0.5).clamp(0, 1) * 255
     return x.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 # %% ../nbs/library/05_generation.ipynb #bee4a6ee
@@ -334,7 +346,31 @@ def call_pipeline(pipe: "diffusers.DiffusionPipeline", # any text-to-image pipel
     pipe.scheduler = make_scheduler(pipe, spec.scheduler)
     images = pipe(prompt=prompts, num_inference_steps=spec.steps, guidance_scale=spec.guidance,
                   height=spec.size, width=spec.size, generator=generators, output_type="np").images
-    return (np.asarray(images) * 255).round().astype(np.uint8)
+    images = np.asarray(images)
+    check_images(np.isfinite(images).reshape(len(images), -1).all(1), pipe.dtype)
+    return (images * 255).round().astype(np.uint8)
+
+# %% ../nbs/library/05_generation.ipynb #bb15efaa
+def _cut(tokenizer, # of a text encoder
+         prompt: str,
+        ) -> str: # "" if nothing is
+    "What a text encoder would not read of a prompt."
+    ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    limit = tokenizer.model_max_length
+    return tokenizer.decode(ids[limit - 1:], skip_special_tokens=True).strip() if len(ids) > limit else ""
+
+def check_lengths(pipe, # a pipeline of diffusers, or anything else with a tokenizer
+                  prompts: Iterable[str],
+                 ) -> None:
+    "Reject prompts that no text encoder of a pipeline reads to their end."
+    named = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+    tokenizers = [t for t in named if t is not None]
+    for prompt in dict.fromkeys(prompts):
+        cuts = [_cut(t, prompt) for t in tokenizers]
+        if not cuts or not all(cuts): continue
+        limit = max(t.model_max_length for t in tokenizers)
+        raise ValueError(f"The prompt {prompt!r} is longer than the {limit} tokens that the model reads: "
+                         f"{min(cuts, key=len)!r} would be cut off. Give the class a shorter name.")
 
 # %% ../nbs/library/05_generation.ipynb #ff553f82
 def check_request(pipe: "diffusers.DiffusionPipeline",
@@ -344,6 +380,7 @@ def check_request(pipe: "diffusers.DiffusionPipeline",
                   init_images: np.ndarray | None,
                  ) -> None:
     "Reject what `sample` cannot make."
+    check_lengths(pipe, prompts)
     unit = getattr(pipe, "vae_scale_factor", 1)
     if spec.size % unit: raise ValueError(f"size is a multiple of {unit} for this model, got {spec.size}.")
     if len(prompts) != len(seeds): raise ValueError(f"One seed per prompt, got {len(seeds)} for {len(prompts)}.")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from tqdm.auto import tqdm
 from .artefacts import STATE, atomic, found_or_made, provenance, spec_hash, stable_hash
-from .generation import check_choice, check_whole, embed, encode, make_scheduler
+from .generation import check_choice, check_lengths, check_whole, embed, encode, make_scheduler
 from .images import Images
 from .models import SHIPPED, TOKENS_FILE, find_weights, load_pipeline
 from .prompts import SINGLE_TEMPLATE, templates
@@ -154,7 +154,9 @@ def token_task(spec: InversionSpec,
     seen = range(len(spec.names)) if spec.kind == "style" else [token]
     positions = {label: np.flatnonzero(labels == label) for label in seen}
     positions = {label: at for label, at in positions.items() if len(at)}
-    return TokenTask(spec, token, word, pipe, tokenizer, noise_schedule(pipe), moments, positions)
+    task = TokenTask(spec, token, word, pipe, tokenizer, noise_schedule(pipe), moments, positions)
+    check_lengths(task, [prompt for label in positions for prompt in sentences(spec, token, label)])
+    return task
 
 # %% ../nbs/library/07_style_inversion.ipynb #a5ac9a84
 class Draw(NamedTuple):

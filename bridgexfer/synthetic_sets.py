@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ANOTHER', 'MEMORY', 'CAVEATS', 'CARD_TEXT', 'CARD', 'image_file', 'shard_rows', 'shard_columns',
            'shard_path', 'shard_schema', 'shard_table', 'write_shard', 'read_shard', 'image_files', 'find_damage',
-           'check_init_images', 'init_images_of', 'add_token', 'make_shard', 'open_for', 'build_shard', 'make_shards',
-           'read_spec', 'bind', 'missing_shards', 'damaged_shards', 'whole_shards', 'first_tables', 'decode_shard',
-           'decoded_path', 'mapped_shards', 'buffers', 'first_files', 'first_images', 'SyntheticSet', 'available',
-           'caveats', 'facts', 'card', 'generate', 'slug', 'export_folders']
+           'check_init_images', 'init_images_of', 'add_token', 'make_shard', 'all_prompts', 'open_for', 'build_shard',
+           'make_shards', 'read_spec', 'bind', 'missing_shards', 'damaged_shards', 'whole_shards', 'first_tables',
+           'decode_shard', 'decoded_path', 'mapped_shards', 'buffers', 'first_files', 'first_images', 'SyntheticSet',
+           'available', 'caveats', 'facts', 'card', 'generate', 'slug', 'export_folders']
 
 # %% ../nbs/library/06_synthetic_sets.ipynb #c588b2e1
 import hashlib, io, json, re, time, unicodedata
@@ -25,9 +25,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm.auto import tqdm
 from .artefacts import atomic, provenance, read_json, spec_hash, stable_hash, write_json
-from .generation import SYNTHESIS_VERSION, Row, SynthesisSpec, check_whole, plan, sample
+from .generation import SYNTHESIS_VERSION, Row, SynthesisSpec, check_lengths, check_whole, plan, sample
 from .images import SMALL, Images, Parts, decode_into, file_array, mapped, mapped_files, store
 from .models import find_weights, licence_of, load_pipeline, load_token
+from .prompts import templates
 if TYPE_CHECKING: import diffusers, huggingface_hub
 
 # %% ../nbs/library/06_synthetic_sets.ipynb #b607b525
@@ -202,6 +203,12 @@ def make_shard(spec: SynthesisSpec, # the set
             bar.update(len(batch))
         return shard_table(spec, number, [file.result() for file in files])
 
+# %% ../nbs/library/06_synthetic_sets.ipynb #3f93b525
+def all_prompts(spec: SynthesisSpec) -> list[str]:
+    "Every prompt that a set of any size may have."
+    sentences = templates(spec.templates, spec.style)
+    return [sentence.replace("{}", words, 1) for words in spec.class_words or spec.names for sentence in sentences]
+
 # %% ../nbs/library/06_synthetic_sets.ipynb #9cfb389f
 def open_for(spec: SynthesisSpec, # the set
              folder: Path, # of the set
@@ -221,6 +228,7 @@ def open_for(spec: SynthesisSpec, # the set
                              "make a new spec with synthesis_spec.")
         pipe = load_pipeline(spec.model, spec.precision, device)
     add_token(pipe, spec)
+    check_lengths(pipe, all_prompts(spec)) # before the first image and not after hours
     return pipe
 
 # %% ../nbs/library/06_synthetic_sets.ipynb #94cd2653

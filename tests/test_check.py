@@ -1,5 +1,6 @@
 """Folders of images as people have them: what is odd is read one right way or named; nothing is silently left out."""
 import hashlib
+import io
 import json
 import os
 import struct
@@ -13,8 +14,8 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from bridgexfer.data.registry import dataset_info, load_dataset
-from bridgexfer.datasets import folder_files
-from bridgexfer.images import PIXEL_LIMIT, TooLarge, open_image, read_image, upright
+from bridgexfer.datasets import folder_files, hold_out
+from bridgexfer.images import PIXEL_LIMIT, TooLarge, open_image, read_image, store_file, upright
 from bridgexfer.data.check import FINDINGS, check_folder, contact_sheet
 
 
@@ -84,6 +85,47 @@ def test_images_are_turned_upright(tmp_path, orientation):
     corners = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
     corner = corners[orientation]
     assert seen[corner].tolist() == [255] * 3 and seen.astype(int).sum() == pixels.astype(int).sum()
+
+
+@pytest.mark.parametrize("damage", [b"no TIFF", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\0\x01", b""], ids=repr)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_damaged_exif_is_no_damage(tmp_path, damage, suffix):
+    path = save(tmp_path/f"a.{suffix}", noise(1), exif=b"Exif\0\0" + damage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert whole(path).shape == (40, 50, 3) and store_file(path, 512)
+        assert read_image(path, 32).shape == (32, 32, 3)
+
+
+def display_p3(): # as telephones embed it, from its primaries
+    from PIL import ImageCms
+    srgb = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for tag, xyz in ((b"rXYZ", (0.51512, 0.24120, -0.00105)), (b"gXYZ", (0.29198, 0.69225, 0.04189)),
+                     (b"bXYZ", (0.15710, 0.06657, 0.78407))):
+        at = struct.unpack(">I", srgb[srgb.index(tag) + 4:][:4])[0] + 8
+        srgb[at:at + 12] = struct.pack(">3i", *(round(v * 65536) for v in xyz))
+    return bytes(srgb).replace("sRGB".encode("utf-16-be"), "P3 D".encode("utf-16-be")).replace(b"sRGB", b"P3 D")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+def test_colour_profiles_are_converted(tmp_path, suffix):
+    from PIL import ImageCms
+    colour = (200, 60, 60)
+    lossless = {"png": {}, "jpg": dict(quality=100), "tif": {}, "webp": dict(lossless=True)}[suffix]
+    image = Image.new("RGB", (16, 16), colour)
+    path = save(tmp_path/f"p3.{suffix}", image, icc_profile=display_p3(), **lossless)
+    seen = whole(path)[8, 8].astype(int)
+    assert seen[0] > 205 and seen[1] < 58 # more saturated in sRGB, where Display P3 is wider
+    with Image.open(io.BytesIO(store_file(path, 512))) as stored:
+        assert np.abs(np.asarray(stored)[8, 8] - seen).max() <= 2 and not stored.info.get("icc_profile")
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for k, profile in enumerate((srgb, b"no profile", display_p3()[:200])):
+        same = whole(save(tmp_path/f"{k}.{suffix}", image, icc_profile=profile, **lossless))[8, 8]
+        assert np.abs(same.astype(int) - colour).max() <= 2
+    clear = Image.new("RGBA", (2, 1), (*colour, 0))
+    if suffix != "jpg":
+        seen = whole(save(tmp_path/f"clear.{suffix}", clear, icc_profile=display_p3(), **lossless))
+        assert (seen == 255).all()
 
 
 RAMP = np.linspace(0, 65535, 64).reshape(8, 8)
@@ -306,7 +348,8 @@ def test_folders_of_one_name_are_rejected(folder):
     assert {k for k, _ in found(folder)} == {"similar names"}
 
 
-ODD = ["-rf", "a b", "it's; rm -rf ~", 'say "x"', "$(touch x)", "{0}", "%s", "猫", "été", "a\nb", " space", "..hidden",
+ODD = ["{}", "a{}b{0}", "🦉", "x" * 200,
+       "-rf", "a b", "it's; rm -rf ~", 'say "x"', "$(touch x)", "{0}", "%s", "猫", "été", "a\nb", " space", "..hidden",
        "a\x07b", "-", "caf\udce9"]
 READ = {"-rf": "rf", "it's; rm -rf ~": "it's; rm rf ~", "a\nb": "a b", " space": "space"} # others are read as they are
 
@@ -322,7 +365,8 @@ def test_odd_class_names_are_read_or_reported(tmp_path, name, split):
     report = check_folder(folder, write=tmp_path/"findings.csv")
     rows = set(report.findings[["kind", "file"]].itertuples(index=False, name=None))
     if name == "..hidden":
-        assert dataset_info(str(folder)).names == ("owl",) and {k for k, _ in rows if k != "single"} == {"not read"}
+        assert dataset_info(str(folder)).names == ("owl",)
+        assert {k for k, _ in rows if k != "single"} == {"not read", "one class"}
     elif name in ("-", "a\x07b", "caf\udce9"): # no name for a prompt
         assert not report.ok and "prompt names" in {k for k, _ in rows}
         with pytest.raises(ValueError, match="which no prompt can use"): dataset_info(str(folder))
@@ -333,9 +377,10 @@ def test_odd_class_names_are_read_or_reported(tmp_path, name, split):
         data = load_dataset(str(folder), size=16)
         assert report.ok and set(data.info.names) == {"owl", READ.get(name, name)}
         assert len(data.train) + len(data.test) == (8 if split else 4)
-    plain = name in ("a b", 'say "x"', "it's; rm -rf ~", "$(touch x)", "{0}", "%s", "猫", "été", "..hidden")
+    plain = name in ("{}", "a{}b{0}", "🦉", "x" * 200,
+                     "a b", 'say "x"', "it's; rm -rf ~", "$(touch x)", "{0}", "%s", "猫", "été", "..hidden")
     assert any(k == "odd name" for k, _ in rows) != plain
-    assert report.text().isascii() or name in ("猫", "été") # nothing that does not print
+    assert report.text().isascii() or name in ("猫", "été", "🦉") # nothing that does not print
     assert all(line == "".join(c if c.isprintable() else "?" for c in line) for line in report.text(None).split("\n"))
     json.dumps(report.to_dict()).encode()
     assert len(pd.read_csv(tmp_path/"findings.csv")) == len(report.findings)
@@ -443,11 +488,77 @@ def test_files_outside_the_classes_are_reported(folder):
     (folder/"train"/"owl"/"._0.png").write_bytes(b"macOS")
     (folder/"README").write_text("mine")
     save(folder/"train"/"owl"/"deeper"/"0.PNG", noise(76))
-    not_read = {"val/owl/0.png", "train/loose.png", "train/owl/left.jfif", "train/owl/no suffix", "train/.hidden",
-                "train/owl/.a.png"}
+    not_read = {"val/owl/0.png", "train/loose.png", "train/owl/no suffix", "train/.hidden", "train/owl/.a.png"}
     ignored = {"train/.cache", "train/owl/._0.png", "README"}
     assert found(folder) == {("not read", f) for f in not_read} | {("ignored", f) for f in ignored}
-    assert len(load_dataset(str(folder)).train) == 7 == check_folder(folder).counts["train"].sum()
+    assert len(load_dataset(str(folder)).train) == 8 == check_folder(folder).counts["train"].sum() # .jfif is JPEG
+
+
+LITTER = ["@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/0.png", "#recycle/gone.png", ".AppleDouble/0.png",
+          "lost+found/#1.png", "Thumbs.db", ".@__thumb/default0.png", "$RECYCLE.BIN/x.png", "._1.png", "desktop.ini"]
+
+
+@pytest.mark.parametrize("name", LITTER)
+@pytest.mark.parametrize("where", ["", "train", "train/owl"])
+def test_what_systems_leave_is_ignored_and_counted(folder, name, where):
+    path = folder/where/name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x") if path.suffix in (".db", ".ini") else noise(99, 33, 33).save(path)
+    assert {kind for kind, _ in found(folder)} == {"ignored"}
+    data = load_dataset(str(folder))
+    assert data.info.names == ("owl", "red fox") and len(data.train) == 6 and check_folder(folder).ok
+
+
+@pytest.mark.parametrize("name", ["0", "12", "n01440764", "class_7", "Label-3", "3f2a9c01de"])
+def test_classes_that_name_nothing_are_a_warning(folder, name):
+    for split in ("train", "test"): (folder/split/"owl").rename(folder/split/name)
+    report = check_folder(folder)
+    row = report.findings.iloc[0]
+    assert report.ok and (row["kind"], row["level"], row["class"]) == ("nameless", "warning", name)
+    assert "prompts would read" in row["text"] and "names.json" in row["text"]
+    (folder/"names.json").write_text(json.dumps({name: "tawny owl"}))
+    assert not found(folder)
+
+
+def photo(seed): # smooth, as photographs are
+    return noise(seed, 6, 8).resize((160, 120), Image.BICUBIC)
+
+
+@pytest.mark.parametrize("copy", ["smaller", "larger", "squeezed", "jpeg", "palette"])
+def test_copies_that_were_resized_or_saved_again_are_a_leak(folder, copy):
+    for k in range(20): save(folder/"train"/"owl"/f"photo{k}.png", photo(200 + k))
+    for k in range(20): save(folder/"test"/"owl"/f"photo{k}.png", photo(300 + k))
+    assert not found(folder)
+    changed = {"smaller": lambda im: im.resize((80, 60), Image.LANCZOS), "larger": lambda im: im.resize((320, 240)),
+               "squeezed": lambda im: im.resize((96, 96)), "jpeg": lambda im: im,
+               "palette": lambda im: im.quantize(256)}[copy](photo(205))
+    how = dict(quality=60) if copy == "jpeg" else {}
+    save(folder/"test"/"owl"/f"again.{'jpg' if copy == 'jpeg' else 'png'}", changed, **how)
+    leaks = {f for kind, f in found(folder) if kind == "leak"}
+    assert leaks == {"train/owl/photo5.png", f"test/owl/again.{'jpg' if copy == 'jpeg' else 'png'}"}
+    assert "resized or saved again" in check_folder(folder).text()
+
+
+def test_blank_images_are_no_copies_of_each_other(folder):
+    for split, grey in (("train", 200), ("test", 201)):
+        save(folder/split/"owl"/"blank.png", Image.new("RGB", (50, 40), (grey,) * 3))
+    assert not found(folder)
+
+
+def test_scanned_digits_are_told_apart(tmp_path): # as alike as different images get
+    digits = load_dataset("digits")
+    for split, images in (("train", digits.train), ("test", digits.test)):
+        for i in range(200):
+            file = tmp_path/"d"/split/f"c{images.labels[i]}x"/f"{i}.png"
+            save(file, Image.fromarray(images.pixels[i]))
+    assert not {kind for kind, _ in found(tmp_path/"d")} & {"leak", "contradiction"}
+
+
+def test_a_single_class_is_an_error(folder):
+    for split in ("train", "test"):
+        for f in (folder/split/"owl").iterdir(): f.unlink()
+        (folder/split/"owl").rmdir()
+    assert found(folder) == {("one class", "red_fox")}
 
 
 def test_links_are_reported_and_not_followed(folder, tmp_path):
@@ -470,6 +581,31 @@ def test_links_are_reported_and_not_followed(folder, tmp_path):
     with pytest.raises(ValueError, match="test is a link"): check_folder(folder)
     (tmp_path/"by link").symlink_to(folder/"train")
     assert load_dataset(str(tmp_path/"by link")).info.names == ("owl", "red fox") # the dataset itself may be a link
+
+
+@pytest.mark.parametrize("what", ["file", "class", "split"])
+def test_links_are_followed_where_the_folder_says_so(folder, tmp_path, what):
+    before = load_dataset(str(folder))
+    moved = {"file": folder/"train"/"owl"/"0.png", "class": folder/"train"/"owl", "split": folder/"train"}[what]
+    blob = tmp_path/"blobs"/"1f3a" # without a suffix, as in a cache
+    blob.parent.mkdir()
+    moved.rename(blob)
+    moved.symlink_to(blob)
+    with pytest.raises(ValueError, match="link"): load_dataset(str(folder))
+    (folder/".follow-links").touch()
+    assert not found(folder) and load_dataset(str(folder)).train.digest == before.train.digest
+    (folder/"train"/"owl"/"gone.png").symlink_to(tmp_path/"gone.png")
+    (folder/"test"/"owl"/"circle").symlink_to(folder)
+    assert found(folder) == {("link", "train/owl/gone.png"), ("link", "test/owl/circle")}
+
+
+def test_one_image_of_each_class_leaves_none_to_validate(folder):
+    for split in ("train", "test"):
+        for f in folder.glob(f"{split}/*/[12].png"): f.unlink()
+    train = load_dataset(str(folder)).train
+    assert len(train) == 2 and {k for k, _ in found(folder)} == {"single"}
+    with pytest.raises(ValueError, match="No class has two training images.*give the learning rate, lr"):
+        hold_out(train, 0.2, 0)
 
 
 def test_pipes_are_not_opened(folder):

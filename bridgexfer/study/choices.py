@@ -254,8 +254,10 @@ NO_RESULT = { # pattern -> why no result depends on it
 NO_RESULT |= {
     "artefacts:*": "provenance and paths", "backbones:SHIPPED": "a path", "models:*": "names, licences and files",
     "backbones:TORCHVISION": "a reason for weights", "backbones:AUGREG": "a reason for weights",
-    "images:*": "which files are read", "datasets:SPLIT*": "names of folders", "synthetic_sets:*": "files and words",
-    "data.check:*": "findings about folders", "data.registry:TEN": "names, classes and metrics, from Table 4",
+    "images:*": "which files are read", "datasets:SPLIT*": "names of folders",
+    "datasets:LITTER": "files that are no images of a dataset", "datasets:FOLLOW": "a file's name",
+    "synthetic_sets:*": "files and words",
+    "data.check:*": "findings about folders", "data.registry:*": "names, classes and metrics, from Table 4",
     "data.targets:TARGETS": "names and classes",
     **{f"data.archives:{name}": "addresses, files and messages" for name in (
         "[!C]*", "C??", "C???", "CALTECH", "CALTECH101")},
