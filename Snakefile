@@ -28,7 +28,7 @@ onstart: # not in a dry run
 onerror: # one line of cause for each job that failed
     print(failures_text(failures(RUNS, BEGAN)), file=sys.stderr)
 
-LOGGED = "code=0; {params.command} > {log:q} 2>&1 || code=$?; echo Ended with status $code >> {log:q} || true; exit $code"
+LOGGED = "{params.command} > {log:q} 2>&1 && code=0 || code=$?; echo Ended with status $code >> {log:q} || true; exit $code"
 
 def of(w): return JOBS[f"{w.folder}/{w.name}"]
 def parts(w): return [job for job in JOBS.values() if job.part and job.manifest == f"{w.folder}/{w.name}"]

@@ -75,6 +75,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'bridgexfer.cli._notice': ('apps/cli.html#_notice', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._option': ('apps/cli.html#_option', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._own_study': ('apps/cli.html#_own_study', 'bridgexfer/cli.py'),
+                                'bridgexfer.cli._print_anywhere': ('apps/cli.html#_print_anywhere', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._report': ('apps/cli.html#_report', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._result': ('apps/cli.html#_result', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._run': ('apps/cli.html#_run', 'bridgexfer/cli.py'),

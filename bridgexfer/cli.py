@@ -9,7 +9,7 @@ __all__ = ['app', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device', 'Style', '
            'plan', 'table', 'provenance', 'repeat_option', 'explain', 'main']
 
 # %% ../nbs/apps/01_cli.ipynb #373bd560
-import json, os, re, sys, traceback
+import io, json, os, re, sys, traceback
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -77,7 +77,7 @@ def _notice(study) -> None: # licence of the text-to-image model
 
 # %% ../nbs/apps/01_cli.ipynb #eea9b212
 def _answer(code: int, value, text: str, as_json: bool) -> int: # value: for JSON; returns the code
-    print(json.dumps(value, ensure_ascii=False) if as_json else text)
+    print(json.dumps(value) if as_json else text)
     return code
 
 # %% ../nbs/apps/01_cli.ipynb #a5d89b13
@@ -331,8 +331,14 @@ def _end_quietly() -> int: # exit code
     os.dup2(nowhere, sys.__stdout__.fileno())
     return BROKEN_PIPE
 
+def _print_anywhere(stream) -> None: # standard output or error
+    "Print `?` for a character that the locale lacks."
+    if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace") # and not a notebook's
+
 def _run(words: list[str]) -> int: # exit code
     "Run a command, and write all of its output."
+    _print_anywhere(sys.stdout)
+    _print_anywhere(sys.stderr)
     try:
         code = app(repeat_option(words), prog_name="bridgexfer", standalone_mode=False)
         sys.stdout.flush()

@@ -563,6 +563,7 @@ class Page:
     name: str # of its notebook in nbs/paper
     reads: tuple[str, ...] = () # folders of manifests, or `generate/` and a group of sets
     core: bool = False # `make study` makes it
+    full_shot: tuple[str, ...] = () # pipelines whose full-shot runs it compares
     files: tuple[str, ...] = () # that it leaves; none named: a table and a figure of its name
     every_setting: bool = False # it lists the settings of all profiles
 
@@ -573,7 +574,8 @@ class Page:
 # %% ../../nbs/study/02_grid.ipynb #973bf4fc
 PAGES = (
     Page("tab1_leep", ("transferability",), core=True), Page("tab2_pipelines", ("core",), core=True),
-    Page("fig03_convergence", ("core",), core=True), Page("fig10_examples", ("generate/single",), core=True),
+    Page("fig03_convergence", ("core",), core=True, full_shot=("vanilla", "bridged")),
+    Page("fig10_examples", ("generate/single",), core=True),
     Page("fig01_framework", ("core", "generate/single")), Page("fig04_few_shot", ("shots",)),
     Page("fig05_volume", ("volume",)), Page("fig06_guidance", ("guidance",)),
     Page("tab3_dsi", ("style", "invert")), Page("fig07_dsi", ("style", "invert")),
@@ -654,7 +656,9 @@ class Study(Results):
 
     def pages(self) -> list[Page]:
         "The pages whose subject the profile has."
-        return [p for p in PAGES if all(self.manifests(word) for word in p.reads)]
+        has_full = "full" in self.settings.shots
+        def compares(p): return not p.full_shot or has_full and {*p.full_shot} <= {*self.settings.pipelines}
+        return [p for p in PAGES if compares(p) and all(self.manifests(word) for word in p.reads)]
 
 # %% ../../nbs/study/02_grid.ipynb #ff879e4f
 def _options(parameters: dict[str, str]) -> str:
