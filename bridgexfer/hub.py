@@ -81,7 +81,7 @@ NETWORK = (
     Fault("gaierror ConnectError ConnectionError", "no address is known for {endpoint} ({detail})",
           "connect this machine to the network, or correct HF_ENDPOINT",
           "[Nn]ame or service|[Nn]ame resolution|nodename|getaddrinfo|[Nn]o address"),
-    Fault("ConnectError ConnectionError", "{endpoint} cannot be reached, for {gate} refuses the connection",
+    Fault("ConnectError ConnectionError", "{endpoint} cannot be reached because {gate} refuses connections",
           "correct HF_ENDPOINT and the addresses of proxies, or have the firewall opened", "refused"),
     Fault("ConnectError NetworkError TransportError ConnectionError", "the hub cannot be reached ({detail})",
           "connect this machine to the network and run the same command again"),
