@@ -5,7 +5,7 @@ import os, re, sys, time
 from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from bridgexfer.study.grid import Study, gather, job_command, job_state, near, page_command, page_state, resources
-from bridgexfer.study.costs import require_data, require_rates
+from bridgexfer.study.costs import require_data, require_gpu, require_rates
 from bridgexfer.study.workflow import StudyRunning, begin, failures, failures_text
 
 def said(make): # what a user can cause, in one sentence without a traceback
@@ -23,6 +23,7 @@ onstart: # not in a dry run
     try: LOCK.append(begin())
     except StudyRunning as e: raise WorkflowError(str(e))
     said(lambda: require_data(study))
+    if workflow.local_exec and any(job.resources.get("gpu") for job in workflow.dag.needrun_jobs()): said(lambda: require_gpu(study))
     Path(RUNS, "notebooks").mkdir(parents=True, exist_ok=True)
 
 onerror: # one line of cause for each job that failed

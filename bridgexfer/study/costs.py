@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trial', 'SD15', 'H100', 'TWO_CORES', 'FORM', 'Target', 'targets_of', 'Work', 'Counter', 'PassCounter', 'tuning',
            'Wanted', 'wanted_runs', 'work_of', 'Rate', 'Rates', 'costs', 'plan_line', 'show_plan', 'plan_text',
-           'require_rates', 'require_data']
+           'require_rates', 'require_data', 'no_gpu', 'require_gpu']
 
 # %% ../../nbs/study/05_costs.ipynb #ba3d9d7a
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from math import nan
 from pathlib import Path
 from typing import NamedTuple
 import pandas as pd
+import torch
 from ..data.archives import ARCHIVES, find_archive
 from ..data.registry import dataset_info, train_size
 from .grid import FROM_REAL, SWEEPS, SetKey, Study, near
@@ -272,3 +273,22 @@ def require_data(study: Study) -> None:
     if lacking := [status.todo for status in found if not status.found]:
         others = f" {len(lacking) - 1} more datasets are missing: `make datasets`." if len(lacking) > 1 else ""
         raise FileNotFoundError(lacking[0] + others)
+
+# %% ../../nbs/study/05_costs.ipynb #49636dde
+def no_gpu() -> str: # "": there is one
+    "Why PyTorch finds no GPU on this machine."
+    if torch.cuda.is_available(): return ""
+    if not (torch.version.cuda or torch.version.hip): return f"PyTorch {torch.__version__} is a build for CPUs alone"
+    try: torch.cuda.init()
+    except RuntimeError as e: return str(e).splitlines()[0].partition(". ")[0].rstrip(".") # such as no driver
+    return "none is visible"
+
+# %% ../../nbs/study/05_costs.ipynb #462c4fa7
+def require_gpu(study: Study) -> None:
+    "Raise if a profile's jobs ask for a GPU and this machine has none; `gpu=0` asks for none."
+    asked = [k for k, v in study.settings.values.items() if (k == "gpu" or k.endswith("_gpu")) and int(v)]
+    if not asked or not (why := no_gpu()): return
+    profile = study.settings.profile
+    raise OSError(f"The profile {profile} asks for a GPU ({asked[0]} in settings.ini), and there is none: {why}. "
+                  f"Use a machine that has one, or set gpu=0 to compute on the CPU, which takes far longer: "
+                  f"`make study PROFILE={profile} SET=gpu=0`.")
