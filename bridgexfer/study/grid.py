@@ -115,7 +115,7 @@ SWEEPS = {
     "guidance": Sweep(_guidance, "guidance_datasets"),
     "style": Sweep(_style, "style_datasets"),
     "architectures": Sweep(_architectures, archs="more_archs"),
-    "controls": Sweep(_controls, few_seeds="few_seeds"),
+    "controls": Sweep(_controls),
     "fixed": Sweep(_fixed, "fixed_datasets", rule="fixed"),
     "clip": Sweep(_clip, "clip_datasets", archs="", rule="clip"),
 }
