@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device', 'Style', 'Profile', 'AsJson', 'Settings', 'KeyValues',
-           'Fetch', 'Backbones', 'Backbone', 'Given', 'Row', 'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT',
-           'BUG', 'BROKEN_PIPE', 'key_values', 'check', 'datasets', 'invert', 'generate', 'verify', 'leep', 'transfer',
-           'plan', 'table', 'provenance', 'repeat_option', 'explain', 'main']
+           'Fetch', 'Synthetic', 'FeaturesOf', 'Backbones', 'Backbone', 'Given', 'Row', 'SEVERAL', 'MEMORY', 'GPU',
+           'NETWORK', 'ENVIRONMENT', 'BUG', 'BROKEN_PIPE', 'key_values', 'check', 'datasets', 'invert', 'generate',
+           'verify', 'compare', 'leep', 'transfer', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'main']
 
 # %% ../nbs/apps/01_cli.ipynb #373bd560
 import json, os, re, sys, traceback
@@ -152,6 +152,34 @@ def verify(folder: Annotated[str, _argument("SET", "a folder with spec.json and 
     text = "\n".join([f"{found}: {state}", *(f"  {name}: {reason}" for name, reason in bad)])
     value = {"folder": str(found.folder), "per_class": found.per_class, "damaged": [list(b) for b in bad]}
     return _answer(1 if bad and not repair else 0, value, text, as_json)
+
+# %% ../nbs/apps/01_cli.ipynb #3b689c50
+Synthetic = Annotated[str, _argument("SYNTHETIC", "a set of ours, or a folder of images in any layout")]
+
+def _set_of(dataset: str, folder: str, profile: str | None, words: list[str] | None): # -> Study, ImageSet
+    "The profile, and a set that may lack classes of the dataset."
+    from bridgexfer.data.registry import dataset_info
+    from bridgexfer.imported_sets import open_set
+    study = _own_study(dataset, profile, words, generates=False)
+    size = study.settings.stored_size
+    return study, open_set(folder, dataset_info(dataset).names, study.runs_dir/"imported", size, complete=False)
+
+FeaturesOf = Annotated[str | None, _option("NAME", "features of this backbone (default: of the profile's CLIP)")]
+
+@app.command()
+def compare(dataset: DatasetName,
+            synthetic: Synthetic, arch: FeaturesOf = None, settings: Settings = None, device: Device = None,
+            profile: Profile = None, as_json: AsJson = False) -> int:
+    "Compare synthetic images with a dataset's training images: precision, recall, coverage, distances, copies."
+    from bridgexfer.imported_sets import every_image
+    from bridgexfer.set_metrics import backbone_features, clip_features, compare_sets
+    device = _device(device)
+    study, given = _set_of(dataset, synthetic, profile, settings)
+    parts = (study.load(dataset).train, every_image(given)) # no test image is looked at
+    embed, name = (backbone_features, arch) if arch else (clip_features, study.settings.clip)
+    real, made = ((embed(images, name, device), images.labels) for images in parts)
+    found = compare_sets(real, made, f"the backbone {arch}" if arch else f"the CLIP {name}")
+    return _answer(0, found.to_dict(), found.text(), as_json)
 
 # %% ../nbs/apps/01_cli.ipynb #ab54aa18
 Backbones = Annotated[list[str] | None, _option(
