@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device', 'Style', 'Profile', 'AsJson', 'Settings', 'KeyValues',
-           'Fetch', 'Backbones', 'Backbone', 'Given', 'Row', 'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT',
-           'BUG', 'BROKEN_PIPE', 'key_values', 'check', 'datasets', 'invert', 'generate', 'verify', 'leep', 'transfer',
-           'plan', 'table', 'provenance', 'repeat_option', 'explain', 'main']
+           'Fetch', 'Synthetic', 'FeaturesOf', 'Backbones', 'Backbone', 'Given', 'Row', 'SEVERAL', 'MEMORY', 'GPU',
+           'NETWORK', 'ENVIRONMENT', 'BUG', 'BROKEN_PIPE', 'key_values', 'check', 'datasets', 'invert', 'generate',
+           'verify', 'compare', 'leep', 'transfer', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'main']
 
 # %% ../nbs/apps/01_cli.ipynb #373bd560
 import io, json, os, re, sys, traceback
@@ -52,14 +52,15 @@ def key_values(words: list[str] | None) -> dict[str, str]: # words: such as "gui
     return dict(pairs)
 
 # %% ../nbs/apps/01_cli.ipynb #13dae388
-def _own_study(dataset: str, profile: str | None, words: list[str] | None, **options): # of `own_study`
+def _own_study(dataset: str, profile: str | None, words: list[str] | None,
+               generates: bool = True, **options): # of `own_study`
     "The profile that the options name, with their changes."
     from bridgexfer.own_images import own_study
     named = {k: v for k, v in dict(profile=profile, **options).items() if v is not None}
     changes = key_values(words)
     if twice := [k for k, v in named.items() if changes.get(k, v) != v]:
         raise ValueError(f"--{twice[0]} {named[twice[0]]} and --set {twice[0]}={changes[twice[0]]} differ: give one.")
-    return own_study(dataset, **{**named, **changes})
+    return own_study(dataset, generates=generates, **{**named, **changes})
 
 # %% ../nbs/apps/01_cli.ipynb #7f811a3c
 def _device(name: str | None) -> str:
@@ -152,6 +153,34 @@ def verify(folder: Annotated[str, _argument("SET", "a folder with spec.json and 
     value = {"folder": str(found.folder), "per_class": found.per_class, "damaged": [list(b) for b in bad]}
     return _answer(1 if bad and not repair else 0, value, text, as_json)
 
+# %% ../nbs/apps/01_cli.ipynb #3b689c50
+Synthetic = Annotated[str, _argument("SYNTHETIC", "a set of ours, or a folder of images in any layout")]
+
+def _set_of(dataset: str, folder: str, profile: str | None, words: list[str] | None): # -> Study, ImageSet
+    "The profile, and a set that may lack classes of the dataset."
+    from bridgexfer.data.registry import dataset_info
+    from bridgexfer.imported_sets import open_set
+    study = _own_study(dataset, profile, words, generates=False)
+    size = study.settings.stored_size
+    return study, open_set(folder, dataset_info(dataset).names, study.runs_dir/"imported", size, complete=False)
+
+FeaturesOf = Annotated[str | None, _option("NAME", "features of this backbone (default: of the profile's CLIP)")]
+
+@app.command()
+def compare(dataset: DatasetName,
+            synthetic: Synthetic, arch: FeaturesOf = None, settings: Settings = None, device: Device = None,
+            profile: Profile = None, as_json: AsJson = False) -> int:
+    "Compare synthetic images with a dataset's training images: precision, recall, coverage, distances, copies."
+    from bridgexfer.imported_sets import every_image
+    from bridgexfer.set_metrics import backbone_features, clip_features, compare_sets
+    device = _device(device)
+    study, given = _set_of(dataset, synthetic, profile, settings)
+    parts = (study.load(dataset).train, every_image(given)) # no test image is looked at
+    embed, name = (backbone_features, arch) if arch else (clip_features, study.settings.clip)
+    real, made = ((embed(images, name, device), images.labels) for images in parts)
+    found = compare_sets(real, made, f"the backbone {arch}" if arch else f"the CLIP {name}")
+    return _answer(0, found.to_dict(), found.text(), as_json)
+
 # %% ../nbs/apps/01_cli.ipynb #ab54aa18
 Backbones = Annotated[list[str] | None, _option(
     "NAME...", "backbones: names of bridgexfer or of timm (default: profile's)")]
@@ -188,6 +217,15 @@ def _chosen(study, data, arch: str, **how) -> dict[str, dict]: # pipeline -> hyp
     if study.settings.lr == "tuned": return own_choices(study, data, arch, **how)
     return {name: study.start(name, 0) for name in PIPELINES_COMPARED}
 
+# %% ../nbs/apps/01_cli.ipynb #18ab6b0f
+def _given(study, dataset: str, folder: str | None): # an ImageSet; None: images are to be made
+    "The set that a user gives; without one, the licence of the model that makes it."
+    if not folder: return _notice(study)
+    from bridgexfer.data.registry import dataset_info
+    from bridgexfer.datasets import Dataset
+    from bridgexfer.own_images import given_set
+    return given_set(study, Dataset(dataset_info(dataset), None, None), folder)
+
 # %% ../nbs/apps/01_cli.ipynb #9f3cb6a4
 def _result(outcome, out: Path) -> tuple[dict[str, object], str]: # a JSON value, and the same as text
     pipelines = outcome.table.reset_index().to_dict("records")
@@ -199,7 +237,9 @@ def _result(outcome, out: Path) -> tuple[dict[str, object], str]: # a JSON value
 # %% ../nbs/apps/01_cli.ipynb #49ba4d49
 Backbone = Annotated[str | None, _option(
     "NAME", "the backbone: a name of bridgexfer or of timm (default: profile's first)")]
-Given = Annotated[str | None, _option("SET", "use this synthetic set, from any generator, and generate none")]
+Given = Annotated[str | None, _option(
+    "FOLDER", "use these images and generate none: a set of ours, or class folders, an image folder with metadata, "
+    "Parquet or WebDataset files, from any generator")]
 
 @app.command()
 def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model: Model = None,
@@ -211,15 +251,13 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     from bridgexfer.data.check import check_folder
     from bridgexfer.data.registry import dataset_folder
     from bridgexfer.own_images import compare_own, save_outcome
-    from bridgexfer.synthetic_sets import SyntheticSet
     folder = _new_folder(out)
     device = _device(device)
     if dataset_folder(dataset) and not (report := check_folder(dataset)).ok:
         text = f"{report.text()}\nRepair these first; nothing was trained."
         return _answer(1, {"check": report.to_dict()}, text, as_json)
-    study = _own_study(dataset, profile, settings, images=images, seeds=seeds, model=model)
-    given = SyntheticSet(synthetic) if synthetic else None
-    if not given: _notice(study)
+    study = _own_study(dataset, profile, settings, not synthetic, images=images, seeds=seeds, model=model)
+    given = _given(study, dataset, synthetic)
     data = study.load(dataset)
     how = dict(style=style, given=given, device=device)
     arch = arch or study.archs[0]

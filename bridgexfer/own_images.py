@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIPELINES_COMPARED', 'OURS', 'VERDICTS', 'warn_of_names', 'own_study', 'own_runs', 'own_token', 'own_set',
-           'check_classes', 'own_images', 'run_own', 'own_choice', 'own_choices', 'Outcome', 'own_table',
+           'check_classes', 'given_set', 'own_images', 'run_own', 'own_choice', 'own_choices', 'Outcome', 'own_table',
            'own_difference', 'own_model', 'compare_own', 'confusion', 'hardest', 'draw_confusion', 'timm_config',
            'history', 'readme', 'write_outcome', 'save_outcome']
 
@@ -27,6 +27,7 @@ from .data.registry import dataset_folder, dataset_info
 from .datasets import Dataset
 from .finetune import NonFiniteLoss
 from .images import SMALL, Images
+from .imported_sets import ImageSet, ImportedSet, open_set
 from .loading import SEEN
 from .prompts import names_nothing
 from .search import Trial, search
@@ -49,14 +50,15 @@ def warn_of_names(names: tuple[str, ...]) -> None: # of classes
 # %% ../nbs/apps/00_own_images.ipynb #f3b846d5
 def own_study(dataset: str, # a folder, or a name of the registry
               profile: str | None = None, # a section of settings.ini; its default if empty
+              generates: bool = True, # images are to be made; False: a set is given
               **overrides, # key="text", as for `Study`
              ) -> Study:
     "A profile for one dataset; its seeds share one synthetic set."
     study = Study(profile, **{"sets": 1, **overrides})
     names = dataset_info(dataset).names
-    if dataset_folder(dataset): warn_of_names(names)
+    if dataset_folder(dataset) and generates: warn_of_names(names)
     unknown = sorted(set(names) - SHIPPED_NAMES)
-    if study.offline and unknown:
+    if study.offline and unknown and generates:
         raise ValueError(f"The shipped model draws letters and digits and knows no {unknown[0]!r}: "
                          "take the profile evening, or another model.")
     values = {**study.settings.values, "datasets": (str(dataset),)} # its name may have blanks
@@ -68,10 +70,12 @@ PIPELINES_COMPARED = ("vanilla", "bridged_pp")
 # %% ../nbs/apps/00_own_images.ipynb #08f70151
 def own_runs(study: Study, # of `own_study`
              style: bool = False, # images in the dataset's learned style
+             given: ImageSet | None = None, # a set to use instead of the profile's
             ) -> list[Run]: # by seed, vanilla first
     "Both pipelines with every seed of the profile, on all real images."
     s = study.settings
     synthetic = dict(per_class=s.images, synthesis="style" if style else "single", guidance=s.guidance)
+    if isinstance(given, ImportedSet): synthetic |= dict(synthesis="imported", guidance=0.)
     made = {"vanilla": {}, "bridged_pp": synthetic}
     return [Run(p, shots=0, seed=seed, **made[p]) for seed in s.seeds for p in PIPELINES_COMPARED]
 
@@ -99,7 +103,7 @@ def own_set(study: Study, # of `own_study`
     return generate(spec, study.runs_dir/"synthetic", run.per_class, device, remark=data.info.remark)
 
 # %% ../nbs/apps/00_own_images.ipynb #97c10bd3
-def check_classes(given: SyntheticSet, data: Dataset) -> None:
+def check_classes(given: ImageSet, data: Dataset) -> None:
     "Raise unless a set has the classes of a dataset."
     def some(names): return f"{', '.join(names[:5])} …"
     theirs, ours = given.spec.names, data.info.names
@@ -107,12 +111,22 @@ def check_classes(given: SyntheticSet, data: Dataset) -> None:
         raise ValueError(f"{given.folder} shows {some(theirs)}, the dataset has {some(ours)}: "
                          "the class names and their order must agree.")
 
+# %% ../nbs/apps/00_own_images.ipynb #b466aa9c
+def given_set(study: Study, # of `own_study`
+              data: Dataset, # or its metadata alone: no image is looked at
+              folder: str | Path, # of a set, in any layout
+             ) -> ImageSet:
+    "A set that a user gives; one that has not the classes of the dataset is a ValueError."
+    found = open_set(folder, data.info.names, study.runs_dir/"imported", study.settings.stored_size)
+    check_classes(found, data)
+    return found
+
 # %% ../nbs/apps/00_own_images.ipynb #0d1c3460
 def own_images(study: Study, # of `own_study`
                data: Dataset,
                run: Run,
                device: str = "cpu",
-               given: SyntheticSet | None = None, # a set to use instead of the profile's
+               given: ImageSet | None = None, # a set to use instead of the profile's
               ) -> tuple[str, Images | None]: # hash of their set, and the images; ("", None) if the run uses none
     "The synthetic images of a run, found or made."
     if not run.uses: return "", None
@@ -148,7 +162,7 @@ def own_choice(study: Study, # of `own_study`
                arch: str,
                run: Run, # the seed does not matter
                device: str = "cpu",
-               given: SyntheticSet | None = None, # a set to use instead of the profile's
+               given: ImageSet | None = None, # a set to use instead of the profile's
               ) -> dict[str, float | str]: # by axis; and validation_accuracy, edge
     "The hyper-parameters with which a pipeline does best on validation images."
     name = run.pipeline
@@ -170,12 +184,12 @@ def own_choices(study: Study, # of `own_study`
                 data: Dataset,
                 arch: str,
                 style: bool = False,
-                given: SyntheticSet | None = None, # a set to use instead of the profile's
+                given: ImageSet | None = None, # a set to use instead of the profile's
                 device: str = "cpu",
                ) -> dict[str, dict[str, float | str]]: # by pipeline, from `own_choice`
     "The hyper-parameters of each pipeline."
     part = study.held_out(data, study.tuning_seeds(0)[0])
-    runs = own_runs(study, style)[:len(PIPELINES_COMPARED)]
+    runs = own_runs(study, style, given)[:len(PIPELINES_COMPARED)]
     return {run.pipeline: own_choice(study, part, arch, run, device, given) for run in runs}
 
 # %% ../nbs/apps/00_own_images.ipynb #14e942ea
@@ -227,7 +241,7 @@ def own_model(study: Study, # of `own_study`
               arch: str,
               run: Run,
               values: dict[str, float], # of hyper-parameters, by axis
-              given: SyntheticSet | None = None, # a set to use instead of the profile's
+              given: ImageSet | None = None, # a set to use instead of the profile's
               device: str = "cpu",
              ) -> nn.Module: # on the CPU
     "The model of a run whose record was found."
@@ -243,12 +257,12 @@ def compare_own(study: Study, # of `own_study`
                 arch: str,
                 chosen: dict[str, dict[str, float]], # pipeline -> hyper-parameters, by axis
                 style: bool = False,
-                given: SyntheticSet | None = None, # a set to use instead of the profile's
+                given: ImageSet | None = None, # a set to use instead of the profile's
                 device: str = "cpu",
                ) -> Outcome:
     "Fine-tune both pipelines with every seed, and compare them on the test images."
     records, models = [], {}
-    runs = own_runs(study, style)
+    runs = own_runs(study, style, given)
     first_seed = runs[0].seed
     for run in runs:
         images = own_images(study, data, run, device, given)

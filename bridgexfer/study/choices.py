@@ -257,6 +257,8 @@ NO_RESULT |= {
     "images:*": "which files are read", "datasets:SPLIT*": "names of folders",
     "datasets:LITTER": "files that are no images of a dataset", "datasets:FOLLOW": "a file's name",
     "synthetic_sets:*": "files and words",
+    **{f"imported_sets:{name}": "files, columns and where images came from" for name in (
+        "METADATA", "LABELS", "ImportSpec.source", "ImportSpec.order")},
     "data.check:*": "findings about folders", "data.registry:*": "names, classes and metrics, from Table 4",
     "data.targets:TARGETS": "names and classes",
     **{f"data.archives:{name}": "addresses, files and messages" for name in (
