@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device', 'Style', 'Profile', 'AsJson', 'Settings', 'KeyValues',
-           'Fetch', 'Synthetic', 'FeaturesOf', 'Backbones', 'Backbone', 'Given', 'Row', 'SEVERAL', 'MEMORY', 'GPU',
-           'NETWORK', 'ENVIRONMENT', 'BUG', 'BROKEN_PIPE', 'key_values', 'check', 'datasets', 'invert', 'generate',
-           'verify', 'compare', 'leep', 'transfer', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'main']
+           'Fetch', 'Synthetic', 'FeaturesOf', 'Backbones', 'Share', 'Threshold', 'Backbone', 'Given', 'Row', 'SEVERAL',
+           'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'BUG', 'BROKEN_PIPE', 'key_values', 'check', 'datasets', 'invert',
+           'generate', 'verify', 'compare', 'leep', 'curate', 'transfer', 'plan', 'table', 'provenance',
+           'repeat_option', 'explain', 'main']
 
 # %% ../nbs/apps/01_cli.ipynb #373bd560
 import io, json, os, re, sys, traceback
@@ -210,6 +211,27 @@ def _new_folder(path: str) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is not an empty folder: give a new one with --out.")
     return out
+
+# %% ../nbs/apps/01_cli.ipynb #0d549f29
+Share = Annotated[float | None, _option("S", "keep this share of each class, those whose label is most probable")]
+Threshold = Annotated[float | None, _option("P", "keep the images whose label has at least this probability")]
+
+@app.command()
+def curate(dataset: DatasetName, synthetic: Synthetic, share: Share = None, threshold: Threshold = None,
+           out: Annotated[str, _option("FOLDER", "a new folder for the images that are kept")] = "kept",
+           settings: Settings = None, device: Device = None,
+           profile: Profile = None, as_json: AsJson = False) -> int:
+    "Keep the synthetic images whose label a CLIP finds probable; only training images are compared."
+    from bridgexfer.clip_tuning import load_clip
+    from bridgexfer.curation import check_rule, curate
+    check_rule(share, threshold)
+    folder = _new_folder(out)
+    study, given = _set_of(dataset, synthetic, profile, settings)
+    clip = load_clip(study.settings.clip, _device(device))
+    kept = curate(given, study.load(dataset), clip, share, threshold)
+    kept.export(folder)
+    value = {**kept.counted(), "per_class": kept.per_class, "folder": str(folder)}
+    return _answer(0, value, f"{kept.summary()}\nSaved in {folder}.", as_json)
 
 # %% ../nbs/apps/01_cli.ipynb #a834e560
 def _chosen(study, data, arch: str, **how) -> dict[str, dict]: # pipeline -> hyper-parameters; how: of `own_choices`

@@ -259,6 +259,7 @@ NO_RESULT |= {
     "synthetic_sets:*": "files and words",
     **{f"imported_sets:{name}": "files, columns and where images came from" for name in (
         "METADATA", "LABELS", "ImportSpec.source", "ImportSpec.order")},
+    "curation:PNG": "how files begin",
     "data.check:*": "findings about folders", "data.registry:*": "names, classes and metrics, from Table 4",
     "data.targets:TARGETS": "names and classes",
     **{f"data.archives:{name}": "addresses, files and messages" for name in (
