@@ -112,15 +112,18 @@ def names(found: dict[str, Any]) -> str:
     "The keys of a dictionary."
     return ", ".join(found)
 
+# %% ../../nbs/study/10_choices.ipynb #f03b9a40
 def mixings(found: dict[str, Any]) -> str: # found: of pipelines
     "Where ways of mixing differ from mixed transfer."
     def said(m): return ", ".join(f"{k} {v:.3g}" for k, v in asdict(m).items() if v != getattr(Mixing(), k))
     return "; ".join(f"{name}: {said(p.mixing) or 'a weight'}" for name, p in found.items())
 
+# %% ../../nbs/study/10_choices.ipynb #c41d7ae5
 def texts(found: Any) -> str: # found: a dataclass
     "The words in a dataclass, without its reason."
     return " ".join(v for k, v in asdict(found).items() if isinstance(v, str) and v and k != "why")
 
+# %% ../../nbs/study/10_choices.ipynb #be58b313
 BACKBONES = (
     *(Choice(f"weights of {arch}", f"backbones:ARCHS[{arch}]", "assumed", f"not stated; {b.why}", texts)
       for arch, b in ARCHS.items() if not b.shipped),
