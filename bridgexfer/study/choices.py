@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FINE_TUNING', 'BACKBONES', 'DATA', 'SEARCH', 'GENERATION', 'INVERSION', 'CLIP_TUNING', 'CHOICES', 'FROM_SETTINGS',
-           'EACH', 'NO_RESULT', 'look_up', 'as_text', 'Choice', 'begun', 'sgd', 'decayed', 'names', 'texts',
+           'EACH', 'NO_RESULT', 'look_up', 'as_text', 'Choice', 'begun', 'sgd', 'decayed', 'names', 'mixings', 'texts',
            'choice_table', 'here', 'constants', 'defaults', 'unlisted', 'start_snr', 'snr_table']
 
 # %% ../../nbs/study/10_choices.ipynb #1476eb0f
@@ -23,6 +23,7 @@ import bridgexfer
 from ..backbones import ARCHS, untrained
 from ..finetune import FinetuneSpec
 from ..images import as_images
+from ..mixing import Mixing
 from .settings import SOURCES
 
 # %% ../../nbs/study/10_choices.ipynb #15dc9e80
@@ -111,10 +112,18 @@ def names(found: dict[str, Any]) -> str:
     "The keys of a dictionary."
     return ", ".join(found)
 
+# %% ../../nbs/study/10_choices.ipynb #f03b9a40
+def mixings(found: dict[str, Any]) -> str: # found: of pipelines
+    "Where ways of mixing differ from mixed transfer."
+    def said(m): return ", ".join(f"{k} {v:.3g}" for k, v in asdict(m).items() if v != getattr(Mixing(), k))
+    return "; ".join(f"{name}: {said(p.mixing) or 'a weight'}" for name, p in found.items())
+
+# %% ../../nbs/study/10_choices.ipynb #c41d7ae5
 def texts(found: Any) -> str: # found: a dataclass
     "The words in a dataclass, without its reason."
     return " ".join(v for k, v in asdict(found).items() if isinstance(v, str) and v and k != "why")
 
+# %% ../../nbs/study/10_choices.ipynb #be58b313
 BACKBONES = (
     *(Choice(f"weights of {arch}", f"backbones:ARCHS[{arch}]", "assumed", f"not stated; {b.why}", texts)
       for arch, b in ARCHS.items() if not b.shipped),
@@ -122,6 +131,10 @@ BACKBONES = (
            "`vit_batch` and `vit_weight_decay` apply to them"),
     Choice("ways to transfer", "transfer:PIPELINES", "paper", "and the two parts of bridged++ one by one", names),
     Choice("controls", "transfer:CONTROLS", "assumed", "what the paper's comparisons leave open", names),
+    Choice("ways of mixing", "transfer:WAYS", "assumed",
+           "ways of other papers, with their values, and ways of ours", mixings),
+    Choice("how synthetic images fade", "mixing:kept", "assumed", "ours; both ends are pipelines of the paper"),
+    Choice("a weight's loss", "mixing:mixed_targets", "assumed", "ours; a small weight does not make small steps"),
     Choice("heads that are scored", "scores:HEADS", "assumed", "the paper does not say which head Table 1 is of"),
 )
 
@@ -223,7 +236,8 @@ def defaults() -> list[str]: # as in `look_up`
 FROM_SETTINGS = { # pattern -> the setting, or settings, that the study gives instead
     "finetune:FinetuneSpec.batch": "batch vit_batch", "finetune:FinetuneSpec.momentum": "momentum",
     "finetune:FinetuneSpec.weight_decay": "weight_decay vit_weight_decay", "finetune:FinetuneSpec.mixup": "mixup",
-    "transfer:TransferSpec.guidance": "guidance", "transfer:TransferSpec.repeats": "repeats few_repeats",
+    **{f"transfer:{spec}.guidance": "guidance" for spec in ("TransferSpec", "MixedSpec")},
+    **{f"transfer:{spec}.repeats": "repeats few_repeats" for spec in ("TransferSpec", "MixedSpec")},
     **{f"generation:SynthesisSpec.{k}": k
        for k in ("scheduler", "steps", "guidance", "size", "format", "precision")},
     "generation:SynthesisSpec.batch": "generate_batch",

@@ -155,6 +155,7 @@ def spec_columns(spec: dict[str, Any]) -> dict[str, Any]: # spec: of a record
         training = spec.get(key) or {}
         training = training.get("finetune", training) # a bridge has one
         found |= {f"{prefix}{k}": training[k] for k in SHOWN if k in training}
+    found |= spec.get("mixing") or {}
     if spec.get("bridge"): found["bridge"] = address("BridgeSpec", spec["bridge"])
     return found
 
