@@ -59,7 +59,8 @@ def score_images(images: Images, # of a set
     columns = dict(label=images.labels, probability=0., similarity=-1., nearest=-1, copied=False, useless=gone)
     table = pd.DataFrame(columns)
     if not len(good): return table
-    z, real = embed_images(clip, images.take(good)), embed_images(clip, train)
+    z = embed_images(clip, images.take(good))
+    real = embed_images(clip, train)
     p = head_predict(z, zero_shot_head(clip, images.names, templates(kind)))
     table.loc[good, "probability"] = p[np.arange(len(good)), images.labels[good]].astype(float)
     distance, row = nearest(z, real)
@@ -174,7 +175,8 @@ def summary(curated: CuratedSet, few: int = 5) -> str: # Markdown
     spec, found = curated.spec, scores[scores.copied]
     rule = f"probabilities from {spec.threshold or 0:g} on"
     if spec.share is not None: rule = f"the best {spec.share:.0%} of each class"
-    gone, blank = len(scores) - len(curated.rows), int(scores.useless.sum())
+    gone = len(scores) - len(curated.rows)
+    blank = int(scores.useless.sum())
     fewest = curated.counts.argmin()
     lines = [f"{len(scores)} images of {len(names)} classes were looked at by a CLIP; {rule} were kept.",
              f"{len(curated.rows)} are kept and {gone} went, {blank} of them blank or broken; the fewest, "
@@ -192,7 +194,8 @@ def export_kept(curated: CuratedSet, folder: Path) -> Path: # folder: new or emp
     "Write what was kept as image files in class folders, with the summary; a folder that has files is an OSError."
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not an empty folder: export into a new one.")
-    images, names = curated.every(), curated.spec.names
+    images = curated.every()
+    names = curated.spec.names
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as tmp:
         part = Path(tmp)/"kept" # renamed when whole

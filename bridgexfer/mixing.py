@@ -128,7 +128,9 @@ def mixed_order(course: MixedCourse,
                 rng: torch.Generator,
                ) -> Sequence[torch.Tensor]: # rows of each step
     "Which images an epoch shows, and in which order."
-    batch, real, shown = course.spec.batch, course.real, course.kept(epoch)
+    batch = course.spec.batch
+    real = course.real
+    shown = course.kept(epoch)
     if not shown: return shuffled(real, batch, rng)
     which = np.arange(course.synthetic)
     if shown < len(which):
