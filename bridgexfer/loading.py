@@ -185,6 +185,7 @@ def shuffled(n: int, # number of images
     "All images in a new order, dealt into batches of nearly equal size."
     return torch.randperm(n, generator=rng).tensor_split(ceil(n / batch))
 
+# %% ../nbs/library/08_loading.ipynb #92af2ddf
 def _draw(images: Images,
           order: Iterable[torch.Tensor], # rows of each batch
           augment: Augment,

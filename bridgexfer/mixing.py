@@ -154,5 +154,6 @@ def mixed_targets(course: MixedCourse,
     share = _synthetic_share(course, epoch)
     return y * torch.where(synthetic, m.weight, 1.) / (1 - share + m.weight * share)
 
+# %% ../nbs/library/11_mixing.ipynb #0d8f870f
 def _synthetic_share(course: MixedCourse, epoch: int) -> float: # of the images that an epoch shows
     return course.kept(epoch) / course.sizes()[epoch]
