@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device', 'Style', 'Profile', 'AsJson', 'Settings', 'KeyValues',
-           'Fetch', 'Synthetic', 'FeaturesOf', 'Backbones', 'Share', 'Threshold', 'Backbone', 'Given', 'Row', 'SEVERAL',
-           'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'BUG', 'BROKEN_PIPE', 'key_values', 'check', 'datasets', 'invert',
-           'generate', 'verify', 'compare', 'leep', 'curate', 'transfer', 'plan', 'table', 'provenance',
-           'repeat_option', 'explain', 'main']
+           'Fetch', 'Templates', 'Table', 'Captions', 'Domain', 'Prefix', 'Suffix', 'Negative', 'FromReal', 'Between',
+           'Strength', 'Synthetic', 'FeaturesOf', 'Backbones', 'Share', 'Threshold', 'Backbone', 'Given', 'Row',
+           'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'BUG', 'BROKEN_PIPE', 'key_values', 'check',
+           'datasets', 'invert', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer', 'plan', 'table',
+           'provenance', 'repeat_option', 'explain', 'main']
 
 # %% ../nbs/apps/01_cli.ipynb #373bd560
 import io, json, os, re, sys, traceback
@@ -121,20 +122,69 @@ def invert(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mode
     text = f"Style token of {dataset}: {folder} ({steps} steps); diffusers opens it with pipe.load_textual_inversion."
     return _answer(0, {"folder": str(folder), "steps": steps}, text, as_json)
 
+# %% ../nbs/apps/01_cli.ipynb #fed32837
+Templates = Annotated[str | None, _option("FILE", "templates, a line each, with {} for the class name")]
+Table = Annotated[str | None, _option("FILE", 'prompts of each class: .json {"class": [...]} or .csv class,prompt')]
+Captions = Annotated[str | None, _option("MODEL", "captions of training images, by this image-to-text model")]
+Domain = Annotated[str, _option("TEXT", 'after each prompt and a comma, such as "a type of aircraft"')]
+Prefix = Annotated[str, _option("TEXT", "before each prompt")]
+Suffix = Annotated[str, _option("TEXT", "after each prompt")]
+Negative = Annotated[str, _option("TEXT", "what no image should show")]
+FromReal = Annotated[int | None, _option("K", "start from K training images of each class (0: all): Real Guidance")]
+Between = Annotated[int | None, _option("K", "start from K training images of each other class: Diff-Mix, soft labels")]
+Strength = Annotated[float | None, _option("S", "with --from-real or --between: share of the steps that are run")]
+
+# %% ../nbs/apps/01_cli.ipynb #b89b270f
+def _prompts(names, images, device: str, templates, table, captions, negative: str, words: dict[str, str]):
+    "The prompts that the options ask for; None: the profile's."
+    from bridgexfer.prompts import SINGLE_TEMPLATE
+    from bridgexfer.user_prompts import caption, caption_table, read_table, read_templates, user_prompts
+    if sum(map(bool, (templates, table, captions))) > 1:
+        raise ValueError("--templates, --table and --captions are three kinds of prompts: give one of them.")
+    if not any((templates, table, captions, negative, *words.values())): return None
+    listed = read_table(table, names) if table else None
+    if captions: listed = caption_table(images, caption(images, captions, device=device))
+    sentences = read_templates(templates) if templates else SINGLE_TEMPLATE
+    return user_prompts(names, sentences, listed, negative, **words)
+
+# %% ../nbs/apps/01_cli.ipynb #65f477e2
+def _from_real(run, style: bool, from_real: int | None, between: int | None, strength: float | None): # a Run
+    "The run whose set starts from real images, if it should."
+    from dataclasses import replace
+    given = {k: v for k, v in dict(real_guidance=from_real, between=between).items() if v is not None}
+    if len(given) + style > 1: raise ValueError("--style, --from-real and --between are three ways: give one of them.")
+    if strength is not None and not given:
+        raise ValueError("--strength says how much of real images is left: give --from-real or --between with it.")
+    if not given: return run
+    [(synthesis, shots)] = given.items()
+    if shots < 0: raise ValueError(f"The number of real images of each class is 0 (all) or more, got {shots}.")
+    return replace(run, shots=shots, synthesis=synthesis)
+
 # %% ../nbs/apps/01_cli.ipynb #00757dfe
 @app.command()
 def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model: Model = None,
              settings: Settings = None, device: Device = None, style: Style = False,
              export: Annotated[str | None, _option("FOLDER", "write image files too, a folder for each class")] = None,
+             templates: Templates = None, table: Table = None, captions: Captions = None, domain: Domain = "",
+             prefix: Prefix = "", suffix: Suffix = "", negative: Negative = "",
+             from_real: FromReal = None, between: Between = None, strength: Strength = None,
              profile: Profile = None, as_json: AsJson = False) -> int:
     "Make the synthetic images of a dataset's classes."
     from bridgexfer.data.registry import dataset_info
     from bridgexfer.datasets import Dataset
     from bridgexfer.own_images import own_runs, own_set
+    from bridgexfer.study.grid import subset
     study = _own_study(dataset, profile, settings, images=images, seeds=seeds, model=model)
+    run = _from_real(own_runs(study, style)[1], style, from_real, between, strength)
     _notice(study)
-    data = study.load(dataset) if style else Dataset(dataset_info(dataset), None, None)
-    made = own_set(study, data, own_runs(study, style)[1], _device(device))
+    look = style or captions or run.synthesis != "single" # at training images
+    data = study.load(dataset) if look else Dataset(dataset_info(dataset), None, None)
+    device = _device(device)
+    seen = subset(data, run.shots, study.settings.seeds[0]) if captions else None
+    words = dict(domain=domain, prefix=prefix, suffix=suffix)
+    prompts = _prompts(data.info.names, seen, device, templates, table, captions, negative, words)
+    fields = dict(prompts=prompts) if strength is None else dict(prompts=prompts, strength=strength)
+    made = own_set(study, data, run, device, **fields)
     if export: made.export(export, study.settings.images)
     value = {"folder": str(made.folder), "classes": len(made.spec.names), "per_class": made.per_class, "export": export}
     return _answer(0, value, f"{made}, exported to {export}" if export else str(made), as_json)

@@ -32,7 +32,7 @@ from .loading import SEEN
 from .prompts import names_nothing
 from .search import Trial, search
 from .statistics import compare, summary
-from .study.grid import SHIPPED_NAMES, Study
+from .study.grid import SHIPPED_NAMES, Study, subset
 from .study.records import find_record, record_run, to_frame
 from .style_inversion import invert
 from .synthetic_sets import SyntheticSet, generate
@@ -95,12 +95,15 @@ def own_set(study: Study, # of `own_study`
             data: Dataset, # its images are read for a style alone
             run: Run, # one that uses synthetic images
             device: str = "cpu",
+            **fields, # of the spec, in place of the profile's: prompts, strength
            ) -> SyntheticSet:
-    "The synthetic set of a run, found or made."
+    "The synthetic set of a run, found or made; real images that it starts from are training images of its shots."
     key = study.set_key(run)
     if key.synthesis == "style": own_token(study, data, key.seed, device)
-    spec = study.synthesis(data, key)
-    return generate(spec, study.runs_dir/"synthetic", run.per_class, device, remark=data.info.remark)
+    spec = replace(study.synthesis(data, key), **fields)
+    real = subset(data, key.shots, key.seed) if spec.init_images else None
+    how = dict(init_images=real, remark=data.info.remark)
+    return generate(spec, study.runs_dir/"synthetic", run.per_class, device, **how)
 
 # %% ../nbs/apps/00_own_images.ipynb #97c10bd3
 def check_classes(given: ImageSet, data: Dataset) -> None:

@@ -176,6 +176,9 @@ GENERATION = (
     Choice("safety checker", "models:_open", "assumed", "not stated; it would replace images by black ones"),
     Choice("strength of Real Guidance", "generation:STRENGTHS", "assumed",
            "He et al.'s shares of the steps by number of shots; equal shares are not equal noise, see below"),
+    Choice("strength between classes", "generation:BETWEEN_STRENGTH", "assumed", "Diff-Mix's code"),
+    Choice("γ of labels between classes", "generation:SOFTNESS", "assumed", "Diff-Mix's code"),
+    Choice("words of a caption, at most", "user_prompts:CAPTION_TOKENS", "assumed", "a prompt has room for 77 tokens"),
     Choice("strength at other numbers of shots", "study.grid:strength", "assumed", "He et al. give none"),
     Choice("real images as a set", "study.grid:web_images", "assumed", "for the control of retrieval, which is ours"),
 )
@@ -259,7 +262,8 @@ NO_RESULT = { # pattern -> why no result depends on it
     "*Spec.version": "it counts changes of a method", "*_VERSION": "it counts changes of a method",
     **{f"*:{name}": "what can be chosen" for name in (
         "FORMATS", "TOKENS", "PRECISIONS", "AUTOCAST", "METRICS", "FIXED_PIPELINES", "VERDICTS")},
-    "generation:AT_ONCE": "what fits in memory", "loading:GRID_SIZE": "which of two equal ways is faster",
+    "generation:AT_ONCE": "what fits in memory",
+    "generation:BETWEEN": "a word of a spec", "loading:GRID_SIZE": "which of two equal ways is faster",
     "statistics:FALSE_VERDICTS": "what a simulation found",
     "statistics:POWER": "of an effect that could have been seen",
 }

@@ -24,7 +24,7 @@ from ..backbones import is_vit
 from ..data.registry import dataset_info, load_dataset
 from ..datasets import Dataset, few_shot, hold_out
 from ..finetune import FinetuneSpec
-from ..generation import STRENGTHS, SynthesisSpec, synthesis_spec
+from ..generation import BETWEEN, BETWEEN_STRENGTH, STRENGTHS, SynthesisSpec, synthesis_spec
 from ..images import Images, as_images
 from ..miniature.typeset import WEB, corpus
 from ..mixing import Mixing
@@ -185,7 +185,7 @@ def cut(runs: list[Run], # of a sweep
     return [sorted(part, key=runs.index) for part in parts]
 
 # %% ../../nbs/study/02_grid.ipynb #c380c93d
-FROM_REAL = ("style", "class", "real_guidance") # they depend on real images
+FROM_REAL = ("style", "class", "real_guidance", "between") # they depend on real images
 
 @dataclass(frozen=True)
 class SetKey:
@@ -295,8 +295,10 @@ class SetSpecs(Specs):
         special = {}
         if key.synthesis == "untrained": special = dict(templates="style", style=s.inversion_init)
         if key.synthesis in ("style", "class"): special = self._learned(data, key)
-        if key.synthesis == "real_guidance":
-            special = dict(init_images=subset(data, key.shots, key.seed).digest, strength=strength(key.shots))
+        if key.synthesis in ("real_guidance", "between"):
+            real = subset(data, key.shots, key.seed).digest
+            special = dict(init_images=real, strength=strength(key.shots))
+            if key.synthesis == "between": special = dict(init_images=BETWEEN + real, strength=BETWEEN_STRENGTH)
         how = dict(guidance=key.guidance, batch=s.generate_batch, seed=key.seed)
         return synthesis_spec(self.model, data.info.names, **shared, **how, **special)
 
