@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['app', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device', 'Style', 'Profile', 'AsJson', 'Settings', 'KeyValues',
-           'Fetch', 'Backbones', 'Backbone', 'Given', 'Kept', 'Pictures', 'Top', 'Batch', 'Row', 'SEVERAL', 'MEMORY',
-           'GPU', 'NETWORK', 'ENVIRONMENT', 'BUG', 'BROKEN_PIPE', 'key_values', 'check', 'datasets', 'invert',
-           'generate', 'verify', 'leep', 'transfer', 'predict', 'export', 'plan', 'table', 'provenance',
-           'repeat_option', 'explain', 'main']
+           'Fetch', 'Backbones', 'Backbone', 'Given', 'NoImages', 'Kept', 'Pictures', 'Top', 'Batch', 'Row', 'SEVERAL',
+           'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'BUG', 'BROKEN_PIPE', 'KEPT', 'key_values', 'check', 'datasets',
+           'invert', 'generate', 'verify', 'leep', 'transfer', 'predict', 'export', 'plan', 'table', 'provenance',
+           'repeat_option', 'explain', 'WithoutBars', 'interrupted', 'main']
 
 # %% ../nbs/apps/03_cli.ipynb #373bd560
-import json, os, re, sys, traceback
+import json, os, re, shlex, sys, traceback
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -19,8 +20,8 @@ import typer
 app = typer.Typer(
     help="Bridged transfer: fine-tune on synthetic images first and on real ones second.",
     epilog="Exit codes: 0 success, 1 a check found errors or images could not be read, 2 wrong input or something "
-           "missing, 70 a bug, 130 interrupted, 141 output not read. With BRIDGEXFER_DEBUG=1 in the environment, an error is preceded by "
-           "its traceback.",
+           "missing, 70 a bug, 130 interrupted, 141 output not read. With BRIDGEXFER_DEBUG=1 in the environment, an "
+           "error is preceded by its traceback.",
     add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 def _argument(metavar: str, help: str): return typer.Argument(metavar=metavar, help=help)
@@ -80,6 +81,9 @@ def _notice(study) -> None: # licence of the text-to-image model
 def _answer(code: int, value, text: str, as_json: bool) -> int: # value: for JSON; returns the code
     print(json.dumps(value, ensure_ascii=False) if as_json else text)
     return code
+
+def _rows(table) -> list[dict]: # table: a DataFrame; what it lacks is null
+    return json.loads(table.to_json(orient="records", double_precision=15))
 
 # %% ../nbs/apps/03_cli.ipynb #a5d89b13
 @app.command()
@@ -191,22 +195,30 @@ def _chosen(study, data, arch: str, **how) -> dict[str, dict]: # pipeline -> hyp
 
 # %% ../nbs/apps/03_cli.ipynb #9f3cb6a4
 def _result(outcome, out: Path) -> tuple[dict[str, object], str]: # a JSON value, and the same as text
-    pipelines = outcome.table.reset_index().to_dict("records")
     value = {"verdict": outcome.verdict(), "winner": outcome.winner, **outcome.difference,
-             "pipelines": pipelines, "folder": str(out)}
-    files = "model.safetensors and config.json for timm, confusion.png, outcome.json"
-    return value, f"{outcome.table.round(4).to_string()}\n\n{outcome.verdict()}\nSaved in {out}: {files}."
+             "pipelines": _rows(outcome.table.reset_index()), "folder": str(out), "report": str(out/"report.html")}
+    files = "report.html to look at, model.safetensors and config.json for timm, README.md, confusion.png, outcome.json"
+    return value, (f"{outcome.table.round(4).to_string()}\n\n{outcome.verdict()}\nSaved in {out}: {files}.\n"
+                   f"To use it: bridgexfer predict {shlex.quote(str(out))} IMAGES")
+
+def _page(outcome, study, folder: Path, images: bool, style: bool, given, device: str) -> str: # report.html
+    from bridgexfer.own_images import own_images, own_runs
+    from bridgexfer.report import own_report
+    name, synthetic = own_images(study, outcome.data, own_runs(study, style)[1], device, given)
+    of_set = given.folder if given else study.runs_dir/"synthetic"/name
+    return own_report(outcome, study.runs_dir, folder, synthetic, of_set, images)
 
 # %% ../nbs/apps/03_cli.ipynb #49ba4d49
 Backbone = Annotated[str | None, _option(
     "NAME", "the backbone: a name of bridgexfer or of timm (default: profile's first)")]
 Given = Annotated[str | None, _option("SET", "use this synthetic set, from any generator, and generate none")]
+NoImages = Annotated[bool, _flag("--no-images", "leave your images out of report.html")]
 
 @app.command()
 def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model: Model = None,
              settings: Settings = None, device: Device = None, arch: Backbone = None,
              out: Annotated[str, _option("FOLDER", "a new folder for the classifier")] = "better",
-             style: Style = False, synthetic: Given = None,
+             style: Style = False, synthetic: Given = None, no_images: NoImages = False,
              profile: Profile = None, as_json: AsJson = False) -> int:
     "Fine-tune with and without synthetic images, compare on the test images, keep the better classifier."
     from bridgexfer.data.check import check_folder
@@ -225,7 +237,8 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     how = dict(style=style, given=given, device=device)
     arch = arch or study.archs[0]
     outcome = compare_own(study, data, arch, _chosen(study, data, arch, **how), **how)
-    save_outcome(outcome, study, folder)
+    page = _page(outcome, study, folder, images=not no_images, **how)
+    save_outcome(outcome, study, folder, {"report.html": page})
     return _answer(0, *_result(outcome, folder), as_json)
 
 # %% ../nbs/apps/03_cli.ipynb #687c6c52
@@ -271,22 +284,25 @@ def _study(words: list[str] | None):
 
 # %% ../nbs/apps/03_cli.ipynb #a2d60541
 @app.command()
-def plan(settings: KeyValues = None) -> int:
+def plan(settings: KeyValues = None, as_json: AsJson = False) -> int:
     "What a profile costs before it runs: jobs, images, hours, disk."
-    from bridgexfer.study.costs import plan_text
-    print(plan_text(_study(settings)))
-    return 0
+    from bridgexfer.study.costs import H100, TWO_CORES, costs, show_plan, targets_of, work_of
+    study = _study(settings)
+    rates = TWO_CORES if study.offline else H100
+    found = costs(work_of(study, targets_of(study)), rates)
+    return _answer(0, _rows(found), show_plan(found, rates), as_json)
 
 # %% ../nbs/apps/03_cli.ipynb #b7593e62
 @app.command()
-def table(settings: KeyValues = None) -> int:
+def table(settings: KeyValues = None, as_json: AsJson = False) -> int:
     "The study's main table (Table 2), and the folder of all tables and figures."
+    import pandas as pd
     from bridgexfer.study.report import show_table
     figures = os.path.relpath(_study(settings).figures_dir)
     path = Path(figures)/"tab2_pipelines.csv"
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: run `make study` with these settings first.")
-    print(f"\n{show_table(path)}\n\nTables and figures: {figures}")
-    return 0
+    text = "" if as_json else f"\n{show_table(path)}\n\nTables and figures: {figures}"
+    return _answer(0, _rows(pd.read_csv(path)), text, as_json)
 
 # %% ../nbs/apps/03_cli.ipynb #e77e193c
 Row = Annotated[str, _argument("RESULT", 'a row of a table, as in "tab2_pipelines digits bridged_pp shots=0"')]
@@ -370,19 +386,50 @@ def _end_quietly() -> int: # exit code
 
 def _run(words: list[str]) -> int: # exit code
     "Run a command, and write all of its output."
+    errors = sys.stderr if sys.stderr.isatty() else WithoutBars(sys.stderr)
     try:
-        code = app(repeat_option(words), prog_name="bridgexfer", standalone_mode=False)
+        with redirect_stderr(errors):
+            code = app(repeat_option(words), prog_name="bridgexfer", standalone_mode=False)
         sys.stdout.flush()
     except SystemExit as e: # typer's, after a broken pipe
         if not isinstance(e.__context__, BrokenPipeError): raise
         raise e.__context__ from None
     return code
 
+# %% ../nbs/apps/03_cli.ipynb #4c9aaf49
+class WithoutBars:
+    "Standard error for a file or a pipe: all but progress bars."
+    def __init__(self, stream):
+        self.stream = stream
+        self.drawn = False # the last text was part of a bar
+
+    def write(self, text: str) -> int: # characters
+        after = self.drawn and text == "\n"
+        self.drawn = text.startswith("\r") or "\x1b[A" in text
+        return len(text) if after or self.drawn else self.stream.write(text)
+
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+# %% ../nbs/apps/03_cli.ipynb #fa79100b
+KEPT = { # command -> what an interruption leaves; all others only read
+    "generate": "the images of every shard that was complete are kept",
+    "invert": "the state that the token was last saved in is kept",
+    "transfer": "synthetic images, finished trainings and the last saved state of the one that was running are kept",
+    "verify": "shards that were made again are kept",
+    "datasets": "what was downloaded is kept"}
+
+def interrupted(words: list[str]) -> str: # words: of the command line; one sentence
+    "What an interruption leaves, and how to go on."
+    kept = KEPT.get(words[0]) if words else None
+    if kept: return f"Interrupted: {kept}; run the same command again to resume."
+    return "Interrupted: nothing was changed; run the same command again."
+
 # %% ../nbs/apps/03_cli.ipynb #3111b65a
 def main(argv: list[str] | None = None) -> int: # exit code
     "Run a command."
-    try: code = _run(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    try: code = _run(words)
     except BrokenPipeError: return _end_quietly()
     except Exception as e: return _report(e)
-    if code == 130: print("Interrupted: what was made is kept, run the same command again to resume.", file=sys.stderr)
+    if code == 130: print(interrupted(words), file=sys.stderr)
     return code

@@ -361,8 +361,8 @@ def training_lines(outcome: Outcome) -> list[str]: # of a Markdown list
              f"* **backbone**: {outcome.arch}, weights {spec['backbone']}",
              f"* **method**: {pipeline(outcome.winner).label}, seed {spec['seed']} of {len(outcome.runs) // 2}"]
     if spec["synthetic"]:
-        count = f"{spec['per_class']} synthetic images of each class"
-        lines.append(f"* **first stage**: {count}, set {spec['synthetic']}, in which a label is what the prompt asked for")
+        count = f"{spec['per_class']} synthetic images of each class, set {spec['synthetic']}"
+        lines.append(f"* **first stage**: {count}, in which a label is what the prompt asked for")
     return [*lines, "* everything else: `outcome.json`"]
 
 # %% ../nbs/apps/00_own_images.ipynb #79bec735
@@ -409,8 +409,8 @@ def model_card(outcome: Outcome, name: str): # name: of its folder; returns a hu
     return ModelCard(f"---\n{card_data(outcome, name).to_yaml()}\n---\n\n{text}")
 
 # %% ../nbs/apps/00_own_images.ipynb #ae50fb5f
-def write_outcome(outcome: Outcome, part: Path, name: str, stored_size: int) -> None:
-    "Put a classifier and its history into `part`, a folder that will be called `name`."
+def write_outcome(outcome: Outcome, part: Path, name: str, stored_size: int, pages: dict[str, str]) -> None:
+    "Put a classifier, its history and pages into `part`, a folder that will be called `name`."
     from timm.models import save_for_hf
     model = outcome.model.to(memory_format=torch.contiguous_format)
     labels = dict(label_names=list(outcome.data.info.names))
@@ -419,12 +419,14 @@ def write_outcome(outcome: Outcome, part: Path, name: str, stored_size: int) -> 
     draw_confusion(outcome).savefig(part/"confusion.png", dpi=200)
     made = {"weights": digest(part/"model.safetensors"), "stored_size": stored_size}
     write_json(part/"outcome.json", history(outcome) | made)
-    (part/"README.md").write_text(str(model_card(outcome, name)), encoding="utf-8")
+    for file, text in {"README.md": str(model_card(outcome, name)), **pages}.items():
+        (part/file).write_text(text, encoding="utf-8")
 
 # %% ../nbs/apps/00_own_images.ipynb #de606482
 def save_outcome(outcome: Outcome,
                  study: Study, # that it was made with
                  folder: str | Path, # that receives it; new or empty
+                 pages: dict[str, str] | None = None, # more files to put beside it: name -> text
                 ) -> Path: # the folder again
     "Keep a classifier for timm, with its history."
     folder = Path(folder)
@@ -434,7 +436,7 @@ def save_outcome(outcome: Outcome,
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as tmp:
         part = Path(tmp)/"model"
         part.mkdir()
-        write_outcome(outcome, part, folder.name, study.settings.stored_size)
+        write_outcome(outcome, part, folder.name, study.settings.stored_size, pages or {})
         if folder.exists(): folder.rmdir()
         part.rename(folder)
     return folder

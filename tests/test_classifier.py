@@ -150,6 +150,13 @@ def test_onnx_agrees_with_torch(made, tmp_path, capsys):
     assert np.allclose(p.max(1), [o[0] for o in ours], atol=.02) # predictions are computed in bfloat16
 
 
+def test_transfer_leaves_a_report(made):
+    text = (made[1]/"report.html").read_text(encoding="utf-8")
+    outcome = json.loads((made[1]/"outcome.json").read_text())
+    assert outcome["verdict"] in text and "generating synthetic images" in text and "training and testing" in text
+    assert "Stage 1, on synthetic images" in text and text.count("image/jpeg") == 2 * 2 * 3
+
+
 def test_the_card_is_as_the_hub_reads_it(made):
     card = ModelCard.load(made[1]/"README.md")
     assert card.data.library_name == "timm" and card.data.pipeline_tag == "image-classification"
