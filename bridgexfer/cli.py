@@ -404,6 +404,7 @@ class WithoutBars:
         self.drawn = False # the last text was part of a bar
 
     def write(self, text: str) -> int: # characters
+        if not text: return 0
         after = self.drawn and text == "\n"
         self.drawn = text.startswith("\r") or "\x1b[A" in text
         return len(text) if after or self.drawn else self.stream.write(text)
