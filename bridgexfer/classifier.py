@@ -128,6 +128,7 @@ def read_stored(path: Path, # an image file
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: check the name.")
     return read_image(path, size) if size <= SMALL else store_file(path, size)
 
+# %% ../nbs/apps/01_classifier.ipynb #3810e097
 def _read_or_say(path: Path, size: int) -> np.ndarray | bytes | str: # a sentence if the file cannot be read
     try: return read_stored(path, size)
     except (ValueError, OSError) as e: return plain(str(e)) or type(e).__name__
@@ -220,6 +221,7 @@ class Deployed(nn.Module):
 CHECKED = 10 # images
 TOLERANCE = 1e-4 # of a probability
 
+# %% ../nbs/apps/01_classifier.ipynb #0ce305cb
 def patterns(count: int,
              size: int, # pixels
             ) -> torch.Tensor: # (count, 3, size, size) in [0, 1]
@@ -236,6 +238,7 @@ def check_onnx() -> None:
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if missing: raise OSError(f"The export to ONNX needs {' and '.join(missing)}: pip install 'bridgexfer[onnx]'")
 
+# %% ../nbs/apps/01_classifier.ipynb #efb390bd
 def onnx_difference(path: Path, # an ONNX file
                     deployed: Deployed, # that it was made of
                     size: int, # of its images, pixels

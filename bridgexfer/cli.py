@@ -82,6 +82,7 @@ def _answer(code: int, value, text: str, as_json: bool) -> int: # value: for JSO
     print(json.dumps(value, ensure_ascii=False) if as_json else text)
     return code
 
+# %% ../nbs/apps/03_cli.ipynb #54fbfe0a
 def _rows(table) -> list[dict]: # table: a DataFrame; what it lacks is null
     return json.loads(table.to_json(orient="records", double_precision=15))
 
@@ -201,6 +202,7 @@ def _result(outcome, out: Path) -> tuple[dict[str, object], str]: # a JSON value
     return value, (f"{outcome.table.round(4).to_string()}\n\n{outcome.verdict()}\nSaved in {out}: {files}.\n"
                    f"To use it: bridgexfer predict {shlex.quote(str(out))} IMAGES")
 
+# %% ../nbs/apps/03_cli.ipynb #e3aa2a7b
 def _page(outcome, study, folder: Path, images: bool, style: bool, given, device: str) -> str: # report.html
     from bridgexfer.own_images import own_images, own_runs
     from bridgexfer.report import own_report
@@ -419,6 +421,7 @@ KEPT = { # command -> what an interruption leaves; all others only read
     "verify": "shards that were made again are kept",
     "datasets": "what was downloaded is kept"}
 
+# %% ../nbs/apps/03_cli.ipynb #b6e1b81b
 def interrupted(words: list[str]) -> str: # words: of the command line; one sentence
     "What an interruption leaves, and how to go on."
     kept = KEPT.get(words[0]) if words else None

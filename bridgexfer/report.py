@@ -58,6 +58,7 @@ def inks(look: Look) -> dict[str, str]: # parameters of matplotlib
     clear = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none")
     return {**dict.fromkeys(keys, look.ink), "grid.color": look.grid, **clear, "svg.hashsalt": "bridgexfer"}
 
+# %% ../nbs/apps/02_report.ipynb #771d8850
 def data_uri(kind: str, content: bytes) -> str: # kind: such as "image/jpeg"
     "Content that a page holds itself."
     return f"data:{kind};base64,{b64encode(content).decode()}"
@@ -71,6 +72,7 @@ def svg(draw: Callable[[Look], plt.Figure], look: Look) -> str: # a data URI
         plt.close(fig)
     return data_uri("image/svg+xml", out.getvalue())
 
+# %% ../nbs/apps/02_report.ipynb #9c929a1a
 class Picture(NamedTuple):
     "A figure of the page."
     light: str # a data URI
@@ -79,6 +81,7 @@ class Picture(NamedTuple):
     caption: str
     wide: bool = False # scroll it where there is too little room
 
+# %% ../nbs/apps/02_report.ipynb #75714122
 def picture(draw: Callable[[Look], plt.Figure], alt: str, caption: str, wide: bool = False) -> Picture:
     "A figure in both looks."
     return Picture(svg(draw, LIGHT), svg(draw, DARK), alt, caption, wide)
@@ -89,6 +92,7 @@ def seed_differences(outcome: Outcome) -> np.ndarray: # (seeds,) points
     accuracy = outcome.runs.pivot(index="seed", columns="pipeline", values="accuracy")
     return 100 * (accuracy["bridged_pp"] - accuracy["vanilla"]).to_numpy()
 
+# %% ../nbs/apps/02_report.ipynb #a0815910
 def draw_interval(outcome: Outcome, look: Look) -> plt.Figure:
     "The difference with its interval, and the seeds."
     low, mid, high = (100 * outcome.difference[k] for k in ("low", "difference", "high"))
@@ -220,6 +224,7 @@ def class_rows(changes: pd.DataFrame, # from `class_changes`
                     width=round(50 * abs(r.change) / largest, 1))
     return [row(r) for r in changes.itertuples(index=False)]
 
+# %% ../nbs/apps/02_report.ipynb #9fa695f3
 def extremes(rows: list, ends: int = 6) -> list: # ends: rows at either end
     "The rows with the first and the last ones in front."
     return rows if len(rows) <= 2 * ends + 3 else [*rows[:ends], *rows[-ends:], *rows[ends:-ends]]
@@ -245,6 +250,7 @@ def seconds_text(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
+# %% ../nbs/apps/02_report.ipynb #e4aab3c3
 class Work(NamedTuple):
     "Something that took time."
     work: str # what was done
@@ -258,6 +264,7 @@ def generation_work(folder: Path) -> Iterable[Work]: # folder: of a synthetic se
     images = sum(n.get("images", 0) for n in notes)
     if images: yield Work("generating synthetic images", f"{images:,} images", sum(n["seconds"] for n in notes))
 
+# %% ../nbs/apps/02_report.ipynb #3f791453
 def record_work(folder: Path, # of records of a kind
                 what: str, # is done in each
                 wanted: Callable[[dict], bool], # of a record
@@ -339,15 +346,15 @@ def facts_of(outcome: Outcome) -> list[dict[str, str]]: # what, value, note
     return [*map(of, PIPELINES_COMPARED), points, *counts]
 
 # %% ../nbs/apps/02_report.ipynb #0e0bf636
-def usage_of(outcome: Outcome, folder: str) -> list[dict[str, str]]: # folder: of the classifier, as a command names it
+def usage_of(outcome: Outcome, folder: str) -> list[dict[str, str]]: # folder: of the classifier; what, code
     "How to go on, as lines to paste."
     name = shlex.quote(folder)
     python = (f"import timm\nmodel = timm.create_model({f'local-dir:{folder}'!r}, pretrained=True).eval()\n"
               "prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(model))")
     predict = f"bridgexfer predict {name} my_images --top 3"
-    return [dict(text="Classify image files, folders or a list of files:", code=predict),
-            dict(text="Run it without PyTorch:", code=f"bridgexfer export {name} --onnx"),
-            dict(text="Open it in Python:", code=python)]
+    return [dict(what="Classify image files, folders or a list of files:", code=predict),
+            dict(what="Run it without PyTorch:", code=f"bridgexfer export {name} --onnx"),
+            dict(what="Open it in Python:", code=python)]
 
 # %% ../nbs/apps/02_report.ipynb #97dc3101
 def made_by(outcome: Outcome) -> list[tuple[str, str]]: # what, which
