@@ -68,16 +68,22 @@ def _file_digest(path: str, size: int, mtime: int) -> str: # size: bytes; mtime:
     "The SHA-256 of a file; size and time make the cache forget a file that changed."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-def digest(path: str | Path) -> str: # 16 hexadecimal digits
-    "A digest of a file, or of the names and contents of all files below a folder."
+def _counted(folder: Path, pattern: str) -> dict[str, Path]: # in the order of paths
+    "The visible files below a folder whose paths match a regular expression."
+    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: p for name, p in found.items()
+            if re.fullmatch(pattern, name) and not any(part.startswith(".") for part in name.split("/"))}
+
+# %% ../nbs/library/00_artefacts.ipynb #dbf22cef
+def digest(path: str | Path,
+           pattern: str = ".+", # of the paths below a folder that count, a regular expression
+          ) -> str: # 16 hexadecimal digits
+    "A digest of a file, or of the names and contents of the files below a folder; hidden ones do not count."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f"There are no weights at {path}: check the path.")
-    root = path.parent if path.is_file() else path
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    parts = []
-    for p in found:
-        state = p.stat()
-        parts.append((p.relative_to(root).as_posix(), _file_digest(str(p), state.st_size, state.st_mtime_ns)))
+    found = {path.name: path} if path.is_file() else _counted(path, pattern)
+    states = {name: p.stat() for name, p in found.items()}
+    parts = [(name, _file_digest(str(found[name]), s.st_size, s.st_mtime_ns)) for name, s in states.items()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 # %% ../nbs/library/00_artefacts.ipynb #b62cd585

@@ -14,8 +14,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import nn
 from .artefacts import PACKAGE, digest
+from .hub import fetch_file
 from .loading import InputConfig
-from .models import said_by_hub
 
 # %% ../nbs/library/09_backbones.ipynb #22459c25
 @dataclass(frozen=True)
@@ -40,9 +40,11 @@ ARCHS = {
     "mini_vit": Backbone("vit_tiny_patch16_224", 32, True,
                          dict(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=4), 37),
     "resnet18": Backbone("resnet18.tv_in1k", 224, why=TORCHVISION, commit="bbd144b3e5565108aad885f145491d11bc6ce807"),
-    "resnet50": Backbone("resnet50.tv_in1k", 224, why=TORCHVISION),
-    "vit_base": Backbone("vit_base_patch16_224.augreg_in21k_ft_in1k", 224, why=AUGREG),
-    "vit_large": Backbone("vit_large_patch16_224.augreg_in21k_ft_in1k", 224, why=AUGREG),
+    "resnet50": Backbone("resnet50.tv_in1k", 224, why=TORCHVISION, commit="78f3ecfdb38e06d9b8397f662e7ab8fee96026fa"),
+    "vit_base": Backbone("vit_base_patch16_224.augreg_in21k_ft_in1k", 224, why=AUGREG,
+                         commit="b5b38b8f7dd93ce67d12e356a8771556b95c8cf9"),
+    "vit_large": Backbone("vit_large_patch16_224.augreg_in21k_ft_in1k", 224, why=AUGREG,
+                          commit="0930ab3308b84cb2ae091a4a80703c459412a4c7"),
 }
 
 # %% ../nbs/library/09_backbones.ipynb #20102180
@@ -52,15 +54,16 @@ def _timm():
     return timm
 
 # %% ../nbs/library/09_backbones.ipynb #2e58d685
-def backbone(arch: str, # a key of `ARCHS`, or the name of any pre-trained timm model
+def backbone(arch: str, # a key of `ARCHS`, or the name of any pre-trained timm model, or "name@commit"
             ) -> Backbone:
     "What is known of an architecture."
     if arch in ARCHS: return ARCHS[arch]
-    if not _timm().is_model_pretrained(arch):
+    name, _, commit = arch.partition("@")
+    if not _timm().is_model_pretrained(name):
         raise ValueError(f"Unknown architecture {arch!r}: choose {', '.join(ARCHS)}, "
                          "or a model of timm.list_models(pretrained=True).")
-    cfg = _timm().get_pretrained_cfg(arch)
-    return Backbone(arch, cfg.input_size[-1], source_classes=cfg.num_classes)
+    cfg = _timm().get_pretrained_cfg(name)
+    return Backbone(name, cfg.input_size[-1], source_classes=cfg.num_classes, commit=commit)
 
 # %% ../nbs/library/09_backbones.ipynb #fa1m1ly1
 TRANSFORMERS = ("vision_transformer", "deit", "beit", "eva") # modules of timm
@@ -119,17 +122,16 @@ def _shipped(arch: str) -> nn.Module:
 
 # %% ../nbs/library/09_backbones.ipynb #e4243d71
 def fetch_weights(timm_name: str, # with its weight tag
-                  commit: str = "", # of the hub; "": what timm names, or the newest
+                  commit: str = "", # of the hub; "": the revision that timm names, or the newest
                  ) -> str: # path of a safetensors file
     "The pre-trained weights of a timm model, from the cache or the hub."
-    from huggingface_hub import hf_hub_download # here, because it brings what talks to the network
     repo, _, revision = (_timm().get_pretrained_cfg(timm_name).hf_hub_id or "").partition("@")
     if not repo: raise OSError(f"timm names no repository for the weights {timm_name}: "
                                "choose a model of timm.list_models(pretrained=True) that has one.")
-    try: return hf_hub_download(repo, "model.safetensors", revision=commit or revision or None)
+    try: return str(fetch_file(repo, "model.safetensors", commit or revision or "main"))
     except OSError as e:
         raise OSError(f"Cannot open the weights {timm_name}: {repo} has no model.safetensors "
-                      f"in the cache {constants.HF_HUB_CACHE}, and the hub {said_by_hub(e)}.") from None
+                      f"in the cache {constants.HF_HUB_CACHE}, and {e}.") from None
 
 # %% ../nbs/library/09_backbones.ipynb #7e441743
 def _fetched(arch: str) -> nn.Module:

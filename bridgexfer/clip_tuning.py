@@ -8,7 +8,6 @@ __all__ = ['CLIP_PIPELINES', 'Clip', 'load_clip', 'embed_images', 'image_embeddi
 
 # %% ../nbs/library/15_clip_tuning.ipynb #f707bc43
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -24,7 +23,7 @@ from .fixed_features import FeatureSpec, Head, cached_features, head_predict, he
 from .fixed_features import to_head, to_layer
 from .generation import check_lengths
 from .images import Images
-from .models import SHIPPED, find_model, find_weights, quiet, unopened
+from .models import SHIPPED, model_folder, pinned, quiet, unopened, weights_of
 from .prompts import templates
 if TYPE_CHECKING: from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer # imported where it is needed
 
@@ -38,45 +37,41 @@ class Clip:
     weights: str # digest of its folder, or "id@commit"
 
 # %% ../nbs/library/15_clip_tuning.ipynb #ba7708e3
-def _processor(place: str, # folder or id
+def _processor(folder: Path,
                shipped: bool, # whose pixels were scaled to [-1, 1]
                model: "CLIPModel",
-               where: dict[str, str], # revision of an id
               ) -> "CLIPImageProcessor":
     "How images are prepared for a CLIP."
     from transformers import CLIPImageProcessor
-    if not shipped: return CLIPImageProcessor.from_pretrained(place, **where)
+    if not shipped: return CLIPImageProcessor.from_pretrained(str(folder))
     size = model.config.vision_config.image_size
     return CLIPImageProcessor(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size),
                               image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 
 # %% ../nbs/library/15_clip_tuning.ipynb #3bbfd8fa
-def _parts(place: str, # folder or id
-           shipped: bool,
-           where: dict[str, str], # revision of an id
+def _parts(folder: Path,
+           shipped: bool, # with the package
           ) -> tuple["CLIPModel", "CLIPTokenizer", "CLIPImageProcessor"]:
     "The parts of a CLIP."
     from transformers import AutoConfig, CLIPModel, CLIPTokenizer
-    kind = AutoConfig.from_pretrained(place, **where).model_type
+    kind = AutoConfig.from_pretrained(str(folder)).model_type
     if kind != "clip": raise OSError(f"its config.json says {kind!r}, not 'clip'")
-    model, info = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True,
-                                            output_loading_info=True, **where)
+    model, info = CLIPModel.from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True,
+                                            output_loading_info=True)
     if info["missing_keys"]: raise OSError(f"weights are missing, {sorted(info['missing_keys'])[0]} among them")
-    return model, CLIPTokenizer.from_pretrained(place, **where), _processor(place, shipped, model, where)
+    return model, CLIPTokenizer.from_pretrained(str(folder)), _processor(folder, shipped, model)
 
 # %% ../nbs/library/15_clip_tuning.ipynb #311f47e3
 def load_clip(name: str, # as in `find_model`
               device: str = "cpu",
              ) -> Clip:
     "Open a CLIP for embedding, in 32 bits, with all parameters frozen."
-    location = find_model(name, "clip")
-    place = str(location.folder or location.name)
-    where = {} if location.folder else dict(revision=location.revision)
+    location = pinned(name, "clip")
+    folder = model_folder(name, location, "clip")
     try:
-        with quiet("transformers") if location.folder else nullcontext():
-            model, tokenizer, processor = _parts(place, str(name) == SHIPPED, where)
-    except (OSError, ValueError) as e: raise unopened(name, "clip", location, e) from None
-    return Clip(model.to(device).eval().requires_grad_(False), tokenizer, processor, find_weights(name, "clip"))
+        with quiet("transformers"): model, tokenizer, processor = _parts(folder, str(name) == SHIPPED)
+    except (OSError, ValueError) as e: raise unopened(folder, location, "clip", e) from None
+    return Clip(model.to(device).eval().requires_grad_(False), tokenizer, processor, weights_of(location, "clip"))
 
 # %% ../nbs/library/15_clip_tuning.ipynb #928321dc
 @torch.inference_mode()

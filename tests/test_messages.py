@@ -16,7 +16,7 @@ from bridgexfer.cli import BROKEN_PIPE, BUG, explain, main
 from bridgexfer.data.registry import dataset_info, load_dataset
 from bridgexfer.finetune import NonFiniteLoss
 from bridgexfer.generation import check_images, check_lengths, sample, synthesis_spec
-from bridgexfer.models import said_by_hub
+from bridgexfer.hub import said_by_hub
 from bridgexfer.study.settings import find_settings, load_settings
 from bridgexfer.synthetic_sets import generate
 

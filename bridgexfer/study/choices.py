@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FINE_TUNING', 'BACKBONES', 'DATA', 'SEARCH', 'GENERATION', 'INVERSION', 'CLIP_TUNING', 'CHOICES', 'FROM_SETTINGS',
            'EACH', 'NO_RESULT', 'look_up', 'as_text', 'Choice', 'begun', 'sgd', 'decayed', 'names', 'mixings', 'texts',
-           'choice_table', 'here', 'constants', 'defaults', 'unlisted', 'start_snr', 'snr_table']
+           'pinned_texts', 'choice_table', 'here', 'constants', 'defaults', 'unlisted', 'start_snr', 'snr_table']
 
 # %% ../../nbs/study/10_choices.ipynb #1476eb0f
 import re
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import bridgexfer
-from ..backbones import ARCHS, untrained
+from ..backbones import ARCHS, backbone, untrained
 from ..finetune import FinetuneSpec
 from ..images import as_images
 from ..mixing import Mixing
@@ -123,9 +123,13 @@ def texts(found: Any) -> str: # found: a dataclass
     "The words in a dataclass, without its reason."
     return " ".join(v for k, v in asdict(found).items() if isinstance(v, str) and v and k != "why")
 
-# %% ../../nbs/study/10_choices.ipynb #be58b313
+def pinned_texts(found: Any) -> str: # found: a Backbone
+    "Which weights a backbone starts from, and whether they can change."
+    return texts(found) + ("" if found.commit else " (not pinned to a commit)")
+
+# %% ../../nbs/study/10_choices.ipynb #b0d505cb
 BACKBONES = (
-    *(Choice(f"weights of {arch}", f"backbones:ARCHS[{arch}]", "assumed", f"not stated; {b.why}", texts)
+    *(Choice(f"weights of {arch}", f"backbones:ARCHS[{arch}]", "assumed", f"not stated; {b.why}", pinned_texts)
       for arch, b in ARCHS.items() if not b.shipped),
     Choice("what counts as a ViT", "backbones:TRANSFORMERS", "assumed",
            "`vit_batch` and `vit_weight_decay` apply to them"),
@@ -271,6 +275,7 @@ NO_RESULT = { # pattern -> why no result depends on it
 # %% ../../nbs/study/10_choices.ipynb #cf8dda15
 NO_RESULT |= {
     "artefacts:*": "provenance and paths", "backbones:SHIPPED": "a path", "models:*": "names, licences and files",
+    "hub:*": "messages",
     "backbones:TORCHVISION": "a reason for weights", "backbones:AUGREG": "a reason for weights",
     "images:*": "which files are read", "datasets:SPLIT*": "names of folders",
     "datasets:LITTER": "files that are no images of a dataset", "datasets:FOLLOW": "a file's name",
