@@ -4,6 +4,7 @@ PYTHON   ?= python3.11 python3.12 python3.13 python3.14 python3 # the first that
 PROFILE  ?= # miniature (settings.ini's default), evening, paper, smoke
 DATASETS ?=
 ARCHS    ?=
+PIPELINES ?= # such as vanilla mixed_weighted: see nbs/library/12_transfer.ipynb
 IMAGES   ?=
 SEEDS    ?=
 SHOTS    ?=
@@ -23,7 +24,7 @@ RUN     := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" PYTHONUTF8=1
 unexport PYTHONHOME PYTHONPATH PYTHONSTARTUP PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONWARNINGS PYTHONIOENCODING MPLBACKEND
 unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
 NARROW  := $(strip $(if $(strip $(DATASETS)),datasets="$(strip $(DATASETS))") $(if $(strip $(ARCHS)),archs="$(strip $(ARCHS))") \
-  $(if $(strip $(IMAGES)),images="$(strip $(IMAGES))") $(foreach k,$(if $(strip $(SEEDS)),seeds few_seeds sweep_seeds),$(k)="$(strip $(SEEDS))") $(if $(strip $(SHOTS)),shots="$(strip $(SHOTS))") $(SET))
+  $(if $(strip $(PIPELINES)),pipelines="$(strip $(PIPELINES))") $(if $(strip $(IMAGES)),images="$(strip $(IMAGES))") $(foreach k,$(if $(strip $(SEEDS)),seeds few_seeds sweep_seeds),$(k)="$(strip $(SEEDS))") $(if $(strip $(SHOTS)),shots="$(strip $(SHOTS))") $(SET))
 CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
 WORKFLOW = $(RUN) snakemake --profile profiles/$(strip $(ON))
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG)) $(SNAKEMAKE_ARGS)
@@ -33,7 +34,7 @@ WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG)) $(SNAKEMAKE_ARGS)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo 'study, paper, plan and tune take PROFILE= DATASETS= ARCHS= IMAGES= SEEDS= SHOTS= SET=, as in: make study DATASETS=digits SEEDS="0 1" SET=guidance=5'
+	@echo 'study, paper, plan and tune take PROFILE= DATASETS= ARCHS= PIPELINES= IMAGES= SEEDS= SHOTS= SET=, as in: make study DATASETS=digits SEEDS="0 1" SET=guidance=5'
 	@echo 'study, paper and tune also take ON=, where jobs run: make study PROFILE=paper ON=slurm'
 
 env: $(STAMP) ## the environment in .venv, from requirements.lock; made once, and again when the lock changes

@@ -11,7 +11,7 @@ import numpy as np
 from .artefacts import stable_hash
 from .datasets import few_shot
 from .images import Images
-from .prompts import templates
+from .generation import sentences_of
 
 # %% ../nbs/library/16_alignment.ipynb #6943663d
 def balanced(images: Images,
@@ -32,10 +32,10 @@ def descriptions(how, # a SynthesisSpec: its templates, style, words and names
     if tuple(how.names) != tuple(images.names):
         raise ValueError(f"The set has {len(how.names)} classes, {how.names[0]!r} first, the images "
                          f"{len(images.names)}, {images.names[0]!r} first: give those of one dataset.")
-    sentences = templates(how.templates, how.style)
+    of_class = [sentences_of(how, label) for label in range(len(how.names))]
     words = how.class_words or how.names
-    def sentence(row): return sentences[stable_hash(seed, "description", int(row)) % len(sentences)]
-    return [sentence(row).replace("{}", words[c], 1) for row, c in zip(images.rows, images.labels)]
+    def sentence(row, c): return of_class[c][stable_hash(seed, "description", int(row)) % len(of_class[c])]
+    return [sentence(row, c).replace("{}", words[c], 1) for row, c in zip(images.rows, images.labels)]
 
 # %% ../nbs/library/16_alignment.ipynb #9800880c
 def _kernel(x: np.ndarray, # (m, d) features

@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'FORMATS', 'PIXEL_LIMIT', 'ORIENTATION', 'TURNS', 'SMALL', 'QUALITY', 'FILES', 'TooLarge', 'open_image',
            'orientation', 'in_srgb', 'upright', 'read_image', 'store', 'open_file', 'store_file', 'square',
            'available_cores', 'decode_into', 'mapped', 'decoded', 'file_array', 'store_files', 'mapped_files', 'Parts',
-           'Images', 'as_images']
+           'Images', 'as_images', 'SoftImages']
 
 # %% ../nbs/library/01_images.ipynb #4bbac3b8
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -352,3 +352,21 @@ def as_images(pixels, # (n, size, size, 3), 0..255; or (n,) image files
     are_files = isinstance(pixels, np.ndarray) and pixels.dtype.kind == "O"
     pixels = pixels if are_files else np.asarray(pixels, np.uint8)
     return Images(pixels, np.asarray(labels, np.int64), tuple(names), np.arange(len(labels)))
+
+# %% ../nbs/library/01_images.ipynb #a1c75493
+@dataclass(frozen=True, eq=False)
+class SoftImages(Images):
+    "Images that belong to two classes each, with a share."
+    others: np.ndarray # (n,) int64, the second label of each
+    shares: np.ndarray # (n,) float32, its probability, in [0, 1]; the first label has the rest
+
+    def take(self, at) -> "SoftImages": # at: row numbers in this object
+        "Some of the images."
+        return SoftImages(*vars(super().take(at)).values(), self.others[at], self.shares[at])
+
+    @cached_property
+    def digest(self) -> str: # 16 hexadecimal digits
+        "A digest of pixels or files, both labels, shares and names."
+        h = hashlib.sha256(Images(self.pixels, self.labels, self.names, self.rows).digest.encode())
+        for array in (self.others, self.shares): _update(h, array)
+        return h.hexdigest()[:16]

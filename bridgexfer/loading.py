@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GRID_SIZE', 'SEEN', 'InputConfig', 'random_boxes', 'crop', 'cut', 'to_float', 'normalise', 'pixel_box', 'cropped',
-           'prefetch', 'to_device', 'opened', 'draw_crops', 'train_batches', 'centre_crop', 'eval_batches']
+           'prefetch', 'to_device', 'shuffled', 'opened', 'draw_crops', 'train_batches', 'centre_crop', 'eval_batches']
 
 # %% ../nbs/library/08_loading.ipynb #7e18bf5a
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import repeat
@@ -178,14 +178,22 @@ def to_device(parts: Iterable[tuple[torch.Tensor, ...]], # in the host's memory
     for part in parts: yield [t.to(device, non_blocking=True) for t in part]
 
 # %% ../nbs/library/08_loading.ipynb #a3b86be3
+def shuffled(n: int, # number of images
+             batch: int, # images a batch, at most
+             rng: torch.Generator,
+            ) -> Sequence[torch.Tensor]: # rows of each batch
+    "All images in a new order, dealt into batches of nearly equal size."
+    return torch.randperm(n, generator=rng).tensor_split(ceil(n / batch))
+
+# %% ../nbs/library/08_loading.ipynb #92af2ddf
 def _draw(images: Images,
-          batch: int, # images a batch, at most
+          order: Iterable[torch.Tensor], # rows of each batch
           augment: Augment,
           rng: torch.Generator,
           read=lambda pixels: (pixels, 1.), # -> what is cropped, and its aspect
          ) -> Iterator[tuple]: # pixels or files, labels, boxes, flip
     "What one pass sees, as bytes and random numbers."
-    for at in torch.randperm(len(images), generator=rng).tensor_split(ceil(len(images) / batch)):
+    for at in order:
         rows = at.numpy()
         pixels, aspect = read(images.pixels[rows])
         boxes = random_boxes(len(at), augment, rng, aspect)
@@ -201,14 +209,14 @@ def opened(files: Iterable[bytes], # n image files
 
 # %% ../nbs/library/08_loading.ipynb #20b5f34b
 def draw_crops(images: Images, # kept as files
-               batch: int, # images a batch, at most
+               order: Iterable[torch.Tensor], # rows of each batch
                size: int, # of the crops, pixels
                augment: Augment,
                rng: torch.Generator,
               ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: # (n, size, size, 3) uint8; (n,) int64
     "One pass over files: its crops, decoded on all cores."
     with ThreadPoolExecutor(available_cores()) as pool:
-        for files, labels, boxes, flip in _draw(images, batch, augment, rng, opened):
+        for files, labels, boxes, flip in _draw(images, order, augment, rng, opened):
             crops = pool.map(cropped, files, boxes.tolist(), flip.tolist(), repeat(size))
             yield torch.from_numpy(np.stack(list(crops))), labels
 
@@ -221,14 +229,16 @@ def train_batches(images: Images, # what to train on
                   augment: Augment,
                   rng: torch.Generator, # order, boxes and flips follow from it
                   device: str = "cpu",
+                  order: Sequence[torch.Tensor] | None = None, # rows of each batch; None: all images, shuffled
                  ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: # (n, 3, size, size) float32; (n,) int64
     "One shuffled, augmented pass over the images."
     size, mean, std = config
+    if order is None: order = shuffled(len(images), batch, rng)
     if images.are_files:
-        for crops, labels in to_device(draw_crops(images, batch, size, augment, rng), device):
+        for crops, labels in to_device(draw_crops(images, order, size, augment, rng), device):
             yield normalise(to_float(crops, device), mean, std), labels
         return
-    small = ((torch.from_numpy(pixels), *rest) for pixels, *rest in _draw(images, batch, augment, rng))
+    small = ((torch.from_numpy(pixels), *rest) for pixels, *rest in _draw(images, order, augment, rng))
     for pixels, labels, boxes, flip in to_device(small, device):
         if pixels.is_cuda or size <= GRID_SIZE:
             x = normalise(crop(to_float(pixels, device), boxes, flip, size), mean, std)

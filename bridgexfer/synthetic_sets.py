@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ANOTHER', 'MEMORY', 'CAVEATS', 'CARD_TEXT', 'CARD', 'image_file', 'shard_rows', 'shard_columns',
            'shard_path', 'shard_schema', 'shard_table', 'write_shard', 'read_shard', 'image_files', 'find_damage',
-           'check_init_images', 'init_images_of', 'add_token', 'make_shard', 'all_prompts', 'open_for', 'build_shard',
-           'make_shards', 'read_spec', 'bind', 'missing_shards', 'damaged_shards', 'whole_shards', 'first_tables',
-           'decode_shard', 'decoded_path', 'mapped_shards', 'buffers', 'first_files', 'first_images', 'SyntheticSet',
-           'available', 'caveats', 'facts', 'card', 'generate', 'slug', 'export_folders']
+           'check_init_images', 'start_class', 'init_images_of', 'add_token', 'make_shard', 'all_prompts', 'open_for',
+           'build_shard', 'make_shards', 'read_spec', 'bind', 'missing_shards', 'damaged_shards', 'whole_shards',
+           'first_tables', 'decode_shard', 'decoded_path', 'mapped_shards', 'buffers', 'first_files', 'first_images',
+           'soft_labelled', 'SyntheticSet', 'available', 'caveats', 'facts', 'card', 'generate', 'slug',
+           'export_folders']
 
 # %% ../nbs/library/06_synthetic_sets.ipynb #c588b2e1
 import hashlib, io, json, re, time, unicodedata
@@ -25,10 +26,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm.auto import tqdm
 from .artefacts import atomic, provenance, read_json, spec_hash, stable_hash, write_json
-from .generation import SYNTHESIS_VERSION, Row, SynthesisSpec, check_lengths, check_whole, plan, sample
-from .images import SMALL, Images, Parts, decode_into, file_array, mapped, mapped_files, store
+from .generation import BETWEEN, SOFTNESS, SYNTHESIS_VERSION, Row, SynthesisSpec
+from .generation import check_lengths, check_whole, negative_of
+from .generation import plan, sample, sentences_of
+from .images import SMALL, Images, Parts, SoftImages, decode_into, file_array, mapped, mapped_files, store
 from .models import find_weights, licence_of, load_pipeline, load_token
-from .prompts import templates
 if TYPE_CHECKING: import diffusers, huggingface_hub
 
 # %% ../nbs/library/06_synthetic_sets.ipynb #b607b525
@@ -142,13 +144,23 @@ def check_init_images(spec: SynthesisSpec, # the set
     if init_images is None and not spec.init_images: return
     if init_images is None:
         raise ValueError(f"This set starts from the real images {spec.init_images}: pass them as init_images.")
-    if init_images.digest != spec.init_images:
+    if init_images.digest != spec.init_images.removeprefix(BETWEEN):
         raise ValueError(f"The real images are {init_images.digest}, the spec starts from {spec.init_images or 'noise'}"
                          ": pass the images of the spec, or make a spec for these.")
     shown = {init_images.names[label] for label in np.unique(init_images.labels)}
     lacking = [name for name in spec.names if name not in shown]
     if lacking: raise ValueError(f"The real images show nothing of {', '.join(lacking)}: "
                                  "Real Guidance needs an image of every class.")
+
+# %% ../nbs/library/06_synthetic_sets.ipynb #d1db7a60
+def start_class(spec: SynthesisSpec, # the set
+                label: int, # of the class that is asked for
+                index: int, # within the class
+               ) -> int: # label
+    "The class of the real image that an image starts from: its own, or between classes another one."
+    if not spec.init_images.startswith(BETWEEN): return label
+    others = [k for k in range(len(spec.names)) if k != label]
+    return others[stable_hash(spec.seed, spec.names[label], index, "other class") % len(others)]
 
 # %% ../nbs/library/06_synthetic_sets.ipynb #30c0421b
 def init_images_of(spec: SynthesisSpec, # the set
@@ -159,7 +171,7 @@ def init_images_of(spec: SynthesisSpec, # the set
     def positions(name): return np.flatnonzero(init_images.labels == init_images.names.index(name))
     of_class = [positions(name) for name in spec.names]
     def choose(row):
-        choice = of_class[row.label]
+        choice = of_class[start_class(spec, row.label, row.index)]
         return choice[stable_hash(spec.seed, spec.names[row.label], row.index, "reference") % len(choice)]
     return np.array([choose(row) for row in rows])
 
@@ -205,9 +217,10 @@ def make_shard(spec: SynthesisSpec, # the set
 
 # %% ../nbs/library/06_synthetic_sets.ipynb #3f93b525
 def all_prompts(spec: SynthesisSpec) -> list[str]:
-    "Every prompt that a set of any size may have."
-    sentences = templates(spec.templates, spec.style)
-    return [sentence.replace("{}", words, 1) for words in spec.class_words or spec.names for sentence in sentences]
+    "Every prompt that a set of any size may have, a negative one included."
+    words = spec.class_words or spec.names
+    prompts = [s.replace("{}", word, 1) for label, word in enumerate(words) for s in sentences_of(spec, label)]
+    return [*prompts, *filter(None, [negative_of(spec)])]
 
 # %% ../nbs/library/06_synthetic_sets.ipynb #9cfb389f
 def open_for(spec: SynthesisSpec, # the set
@@ -402,6 +415,17 @@ def first_images(folder: Path, # of the set
         for k, path in enumerate(paths): decode_shard(path, pixels[k * shard:(k + 1) * shard])
     return Images(pixels, np.tile(np.arange(classes), per_class), spec.names, np.arange(n))
 
+# %% ../nbs/library/06_synthetic_sets.ipynb #03ac161d
+def soft_labelled(images: Images, # the first of a set, by index and then by class
+                  spec: SynthesisSpec, # the set
+                 ) -> Images: # soft ones, if the set is between classes
+    "Images with the labels that their set gives them."
+    if not spec.init_images.startswith(BETWEEN): return images
+    indexes = np.arange(len(images)) // len(spec.names)
+    others = [start_class(spec, label, index) for label, index in zip(images.labels.tolist(), indexes.tolist())]
+    share = np.full(len(images), 1 - spec.strength**SOFTNESS, np.float32)
+    return SoftImages(images.pixels, images.labels, images.names, images.rows, np.array(others, np.int64), share)
+
 # %% ../nbs/library/06_synthetic_sets.ipynb #8518d05e
 class SyntheticSet:
     "A synthetic set on disk."
@@ -424,7 +448,7 @@ class SyntheticSet:
         return pa.concat_tables(self.shards(per_class)).replace_schema_metadata({"huggingface": features})
 
     def images(self, per_class: int | None = None, memory: int = MEMORY) -> Images:
-        return first_images(self.folder, self.spec, available(self, per_class), memory)
+        return soft_labelled(first_images(self.folder, self.spec, available(self, per_class), memory), self.spec)
 
     def verify(self, repair: bool = False, per_class: int | None = None, **how) -> list[tuple[str, str]]:
         found = damaged_shards(self.folder, self.spec, per_class)
@@ -472,10 +496,11 @@ def facts(spec: SynthesisSpec, # the set
          ) -> dict[str, str]: # what -> which
     "What a set is, in five lines."
     prompts = sorted({row.prompt for row in plan(spec, 0, 1)}, key=lambda p: (len(p), p))[:3]
+    away = negative_of(spec)
     return {
         "Model": f"`{spec.model}` ({spec.weights})",
         "Images": f"{per_class} of each of {len(spec.names)} classes, {spec.stored_size} pixels, {spec.format}",
-        "Prompts": "; ".join(f"“{prompt}”" for prompt in prompts),
+        "Prompts": "; ".join(f"“{prompt}”" for prompt in prompts) + (f"; not “{away}”" if away else ""),
         "Sampling": f"{spec.scheduler}, {spec.steps} steps, guidance {spec.guidance:g}, seed {spec.seed}",
         "Spec": f"`spec.json`, hash `{spec_hash(spec)}`"}
 

@@ -95,12 +95,19 @@ def test_few_shot_runs_have_the_seeds_of_their_regime():
     study = Study("smoke", seeds="0 1", few_seeds="0 1 2 3", sweep_seeds="0 1 2")
     def seeds_at(sweep, shots): return {r.seed for r in study.runs(sweep, "digits") if r.shots == shots}
     seeds = {sweep: {k: seeds_at(sweep, k) for k in (0, 4)} for sweep in SWEEPS}
-    assert seeds["core"] == seeds["controls"] == {0: {0, 1}, 4: {0, 1, 2, 3}}
-    assert seeds["volume"] == seeds["style"] == {0: {0, 1}, 4: {0, 1, 2}}
+    assert seeds["core"] == {0: {0, 1}, 4: {0, 1, 2, 3}}
+    assert seeds["controls"] == seeds["volume"] == seeds["style"] == {0: {0, 1}, 4: {0, 1, 2}}
     core = study.runs("core", "digits")
     assert [r.seed for r in core] == sorted(r.seed for r in core) # by seed
     paper = Study("paper") # none of their own
     assert {r.seed for r in paper.runs("core", "pets")} == set(paper.settings.seeds)
+
+
+def test_a_page_of_full_shot_runs_needs_them():
+    def pages(**settings): return {p.name for p in Study("smoke", **settings).pages()}
+    assert "fig03_convergence" in pages(shots="full 4")
+    assert "fig03_convergence" not in pages(shots="4") | pages(pipelines="vanilla mixed")
+    assert "tab2_pipelines" in pages(shots="4") & pages(pipelines="vanilla mixed")
 
 
 def test_a_narrowed_study_is_a_part_of_the_whole():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FINE_TUNING', 'BACKBONES', 'DATA', 'SEARCH', 'GENERATION', 'INVERSION', 'CLIP_TUNING', 'CHOICES', 'FROM_SETTINGS',
-           'EACH', 'NO_RESULT', 'look_up', 'as_text', 'Choice', 'begun', 'sgd', 'decayed', 'names', 'texts',
+           'EACH', 'NO_RESULT', 'look_up', 'as_text', 'Choice', 'begun', 'sgd', 'decayed', 'names', 'mixings', 'texts',
            'pinned_texts', 'choice_table', 'here', 'constants', 'defaults', 'unlisted', 'start_snr', 'snr_table']
 
 # %% ../../nbs/study/10_choices.ipynb #1476eb0f
@@ -23,6 +23,7 @@ import bridgexfer
 from ..backbones import ARCHS, backbone, untrained
 from ..finetune import FinetuneSpec
 from ..images import as_images
+from ..mixing import Mixing
 from .settings import SOURCES
 
 # %% ../../nbs/study/10_choices.ipynb #15dc9e80
@@ -111,6 +112,13 @@ def names(found: dict[str, Any]) -> str:
     "The keys of a dictionary."
     return ", ".join(found)
 
+# %% ../../nbs/study/10_choices.ipynb #f03b9a40
+def mixings(found: dict[str, Any]) -> str: # found: of pipelines
+    "Where ways of mixing differ from mixed transfer."
+    def said(m): return ", ".join(f"{k} {v:.3g}" for k, v in asdict(m).items() if v != getattr(Mixing(), k))
+    return "; ".join(f"{name}: {said(p.mixing) or 'a weight'}" for name, p in found.items())
+
+# %% ../../nbs/study/10_choices.ipynb #c41d7ae5
 def texts(found: Any) -> str: # found: a dataclass
     "The words in a dataclass, without its reason."
     return " ".join(v for k, v in asdict(found).items() if isinstance(v, str) and v and k != "why")
@@ -127,6 +135,10 @@ BACKBONES = (
            "`vit_batch` and `vit_weight_decay` apply to them"),
     Choice("ways to transfer", "transfer:PIPELINES", "paper", "and the two parts of bridged++ one by one", names),
     Choice("controls", "transfer:CONTROLS", "assumed", "what the paper's comparisons leave open", names),
+    Choice("ways of mixing", "transfer:WAYS", "assumed",
+           "ways of other papers, with their values, and ways of ours", mixings),
+    Choice("how synthetic images fade", "mixing:kept", "assumed", "ours; both ends are pipelines of the paper"),
+    Choice("a weight's loss", "mixing:mixed_targets", "assumed", "ours; a small weight does not make small steps"),
     Choice("heads that are scored", "scores:HEADS", "assumed", "the paper does not say which head Table 1 is of"),
 )
 
@@ -168,6 +180,9 @@ GENERATION = (
     Choice("safety checker", "models:_open", "assumed", "not stated; it would replace images by black ones"),
     Choice("strength of Real Guidance", "generation:STRENGTHS", "assumed",
            "He et al.'s shares of the steps by number of shots; equal shares are not equal noise, see below"),
+    Choice("strength between classes", "generation:BETWEEN_STRENGTH", "assumed", "Diff-Mix's code"),
+    Choice("γ of labels between classes", "generation:SOFTNESS", "assumed", "Diff-Mix's code"),
+    Choice("words of a caption, at most", "user_prompts:CAPTION_TOKENS", "assumed", "a prompt has room for 77 tokens"),
     Choice("strength at other numbers of shots", "study.grid:strength", "assumed", "He et al. give none"),
     Choice("real images as a set", "study.grid:web_images", "assumed", "for the control of retrieval, which is ours"),
 )
@@ -205,7 +220,7 @@ def choice_table() -> pd.DataFrame: # part, choice, value, source, reason, where
     return pd.DataFrame(rows)
 
 # %% ../../nbs/study/10_choices.ipynb #2d3e7da6
-def here(skip: tuple[str, ...] = ("own_images", "cli"), # modules: the apps are no part of the study
+def here(skip: tuple[str, ...] = ("own_images", "classifier", "report", "cli"), # modules of the apps
         ) -> Iterator[tuple[str, Any]]: # its name below the package, and the module
     "The modules of this package."
     for found in walk_packages(bridgexfer.__path__, f"{bridgexfer.__name__}."):
@@ -228,7 +243,8 @@ def defaults() -> list[str]: # as in `look_up`
 FROM_SETTINGS = { # pattern -> the setting, or settings, that the study gives instead
     "finetune:FinetuneSpec.batch": "batch vit_batch", "finetune:FinetuneSpec.momentum": "momentum",
     "finetune:FinetuneSpec.weight_decay": "weight_decay vit_weight_decay", "finetune:FinetuneSpec.mixup": "mixup",
-    "transfer:TransferSpec.guidance": "guidance", "transfer:TransferSpec.repeats": "repeats few_repeats",
+    **{f"transfer:{spec}.guidance": "guidance" for spec in ("TransferSpec", "MixedSpec")},
+    **{f"transfer:{spec}.repeats": "repeats few_repeats" for spec in ("TransferSpec", "MixedSpec")},
     **{f"generation:SynthesisSpec.{k}": k
        for k in ("scheduler", "steps", "guidance", "size", "format", "precision")},
     "generation:SynthesisSpec.batch": "generate_batch",
@@ -250,7 +266,8 @@ NO_RESULT = { # pattern -> why no result depends on it
     "*Spec.version": "it counts changes of a method", "*_VERSION": "it counts changes of a method",
     **{f"*:{name}": "what can be chosen" for name in (
         "FORMATS", "TOKENS", "PRECISIONS", "AUTOCAST", "METRICS", "FIXED_PIPELINES", "VERDICTS")},
-    "generation:AT_ONCE": "what fits in memory", "loading:GRID_SIZE": "which of two equal ways is faster",
+    "generation:AT_ONCE": "what fits in memory",
+    "generation:BETWEEN": "a word of a spec", "loading:GRID_SIZE": "which of two equal ways is faster",
     "statistics:FALSE_VERDICTS": "what a simulation found",
     "statistics:POWER": "of an effect that could have been seen",
 }
@@ -263,6 +280,9 @@ NO_RESULT |= {
     "images:*": "which files are read", "datasets:SPLIT*": "names of folders",
     "datasets:LITTER": "files that are no images of a dataset", "datasets:FOLLOW": "a file's name",
     "synthetic_sets:*": "files and words",
+    **{f"imported_sets:{name}": "files, columns and where images came from" for name in (
+        "METADATA", "LABELS", "ImportSpec.source", "ImportSpec.order")},
+    "curation:PNG": "how files begin",
     "data.check:*": "findings about folders", "data.registry:*": "names, classes and metrics, from Table 4",
     "data.targets:TARGETS": "names and classes",
     **{f"data.archives:{name}": "addresses, files and messages" for name in (

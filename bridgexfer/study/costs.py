@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 import pandas as pd
 import torch
+from ..backbones import is_vit
 from ..data.archives import ARCHIVES, find_archive
 from ..data.registry import dataset_info, train_size
 from .grid import FROM_REAL, SWEEPS, SetKey, Study, near
-from ..transfer import Run, pipeline
+from ..mixing import Mixing, epoch_sizes
 from ..models import SHIPPED
 from .records import job_path
+from ..transfer import Run, pipeline
 
 # %% ../../nbs/study/05_costs.ipynb #039eadbd
 @dataclass(frozen=True)
@@ -105,8 +107,11 @@ class PassCounter(Counter):
         total = 0
         if p.bridged and self.first("bridge", p.mixup, p.shuffled, stage1, *on): total += stage1[1] * synthetic
         if p.real and self.first("run", run.pipeline, run.shots, *values.items(), *on):
-            seen = real * int(values.get("repeats", 1)) + (synthetic if p.mixed else 0)
-            total += self.study.epochs(run, values, stage1[1], synthetic / real) * seen
+            mixing = self.study.mixing(run.pipeline, values) or Mixing()
+            batch = self.study.settings.vit_batch if is_vit(arch) else self.study.settings.batch
+            seen = real * (1 if mixing.real_only else int(values.get("repeats", 1)))
+            epochs = self.study.epochs(run, values, stage1[1], synthetic / real)
+            total += sum(epoch_sizes(mixing, seen, synthetic if p.mixed else 0, epochs, batch))
         return total
 
 # %% ../../nbs/study/05_costs.ipynb #3d50308d

@@ -24,16 +24,17 @@ from ..backbones import is_vit
 from ..data.registry import dataset_info, load_dataset
 from ..datasets import Dataset, few_shot, hold_out
 from ..finetune import FinetuneSpec
-from ..generation import STRENGTHS, SynthesisSpec, synthesis_spec
+from ..generation import BETWEEN, BETWEEN_STRENGTH, STRENGTHS, SynthesisSpec, synthesis_spec
 from ..images import Images, as_images
 from ..miniature.typeset import WEB, corpus
+from ..mixing import Mixing
 from ..models import find_model
 from ..style_inversion import InversionSpec, inversion_spec, token_words
 from .records import job_name, job_path, read_choice, read_jobs, write_job
 from .settings import Settings, load_settings, read_ini
 from ..search import Axis
 from ..synthetic_sets import SyntheticSet
-from ..transfer import CONTROLS, PIPELINES, Run, TransferSpec, pipeline, transfer_spec
+from ..transfer import CONTROLS, PIPELINES, WAYS, Run, TransferSpec, pipeline, transfer_spec
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/study/02_grid.ipynb #25dedb60
@@ -115,7 +116,7 @@ SWEEPS = {
     "guidance": Sweep(_guidance, "guidance_datasets"),
     "style": Sweep(_style, "style_datasets"),
     "architectures": Sweep(_architectures, archs="more_archs"),
-    "controls": Sweep(_controls, few_seeds="few_seeds"),
+    "controls": Sweep(_controls),
     "fixed": Sweep(_fixed, "fixed_datasets", rule="fixed"),
     "clip": Sweep(_clip, "clip_datasets", archs="", rule="clip"),
 }
@@ -184,7 +185,7 @@ def cut(runs: list[Run], # of a sweep
     return [sorted(part, key=runs.index) for part in parts]
 
 # %% ../../nbs/study/02_grid.ipynb #c380c93d
-FROM_REAL = ("style", "class", "real_guidance") # they depend on real images
+FROM_REAL = ("style", "class", "real_guidance", "between") # they depend on real images
 
 @dataclass(frozen=True)
 class SetKey:
@@ -294,8 +295,10 @@ class SetSpecs(Specs):
         special = {}
         if key.synthesis == "untrained": special = dict(templates="style", style=s.inversion_init)
         if key.synthesis in ("style", "class"): special = self._learned(data, key)
-        if key.synthesis == "real_guidance":
-            special = dict(init_images=subset(data, key.shots, key.seed).digest, strength=strength(key.shots))
+        if key.synthesis in ("real_guidance", "between"):
+            real = subset(data, key.shots, key.seed).digest
+            special = dict(init_images=real, strength=strength(key.shots))
+            if key.synthesis == "between": special = dict(init_images=BETWEEN + real, strength=BETWEEN_STRENGTH)
         how = dict(guidance=key.guidance, batch=s.generate_batch, seed=key.seed)
         return synthesis_spec(self.model, data.info.names, **shared, **how, **special)
 
@@ -358,19 +361,27 @@ class Trainings(Runs):
         axes = {"lr": Axis(s.lrs, widens=len(s.lrs) > 1)}
         if p.bridged: axes |= {"stage1_lr": Axis(s.stage1_lrs, widens=len(s.stage1_lrs) > 1),
                                "stage1_epochs": Axis(s.stage1_epochs)}
-        if p.mixed: axes |= {"epochs": Axis(s.mixed_few_epochs if shots else s.mixed_epochs),
-                             "repeats": Axis(s.few_repeats if shots else s.repeats)}
-        return axes
+        if p.mixed: axes |= {"epochs": Axis(s.mixed_few_epochs if shots else s.mixed_epochs)}
+        if p.mixed and not (p.mixing and p.mixing.real_share): # a share says how often real images are shown
+            axes |= {"repeats": Axis(s.few_repeats if shots else s.repeats)}
+        mixings = dict(weight=s.mix_weights, real_share=s.real_shares, keep=s.keeps)
+        return axes | {k: Axis(mixings[k]) for k in p.searched}
 
     def start(self, name: str, shots: int) -> dict[str, float]: # name: of a pipeline
         "The values at which its search begins."
         first = {axis: a.values[0] for axis, a in self.axes(name, shots).items()}
         return first if self.settings.lr == "tuned" else first | {"lr": self.settings.lr}
 
+    def mixing(self, name: str, values: dict[str, float]) -> Mixing | None: # name: of a pipeline
+        "How synthetic images take part in a way of mixing; None: it is none."
+        p = pipeline(name)
+        return p.mixing and replace(p.mixing, **{k: values[k] for k in p.searched if k in values})
+
     def epochs(self, run: Run, values: dict[str, float], stage1_epochs: int, ratio: float) -> int:
         "Of the stage that sees real images; ratio: synthetic images for each real one."
         s = self.settings
-        if "epochs" in values: return int(values["epochs"])
+        mixing = self.mixing(run.pipeline, values)
+        if "epochs" in values and not (mixing and mixing.real_only): return int(values["epochs"])
         epochs = s.few_epochs if run.shots else s.epochs
         longer = pipeline(run.pipeline).match_compute
         return epochs + ceil(stage1_epochs * ratio) if longer else epochs
@@ -418,7 +429,9 @@ class RunSpecs(Choices):
         stages = self.stages(data, arch, run, values)
         if synthetic is None: synthetic = self.synthetic_hash(data, run)
         repeats = int(values.get("repeats", 1))
-        return transfer_spec(run, data, arch, stages, synthetic, self.settings.mixup, repeats=repeats, split=split)
+        mixing = self.mixing(run.pipeline, values)
+        how = dict(mixup=self.settings.mixup, mixing=mixing, repeats=repeats, split=split)
+        return transfer_spec(run, data, arch, stages, synthetic, **how)
 
 # %% ../../nbs/study/02_grid.ipynb #4d1a25b3
 class Tuning(RunSpecs):
@@ -430,7 +443,8 @@ class Tuning(RunSpecs):
         runs = {r for k in sweeps for r in self.runs(k, dataset)}
         cells = {(pipeline(r.pipeline).tuned_as or r.pipeline, r.shots) for r in runs}
         core = [count(k) for k in self.settings.shots]
-        def order(cell): return list(PIPELINES).index(cell[0]), cell[1] not in core, cell[1]
+        known = [*PIPELINES, *WAYS]
+        def order(cell): return known.index(cell[0]), cell[1] not in core, cell[1]
         return sorted(cells, key=order)
 
     def searched(self, name: str, shots: int, arch: str) -> dict[str, Axis]: # name: of a pipeline

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 from ..artefacts import atomic
 from .records import short_name
-from ..transfer import PIPELINES, pipeline
+from ..transfer import PIPELINES, WAYS, pipeline
 
 # %% ../../nbs/study/03_plots.ipynb #15647e9f
 def mark(name: str, # of a pipeline
@@ -92,7 +92,7 @@ def key(names: Iterable[str], # pipelines
        ) -> list[Line2D]: # handles
     "What `legend` needs to name some pipelines."
     names = set(names)
-    entries = {name: p for name, p in PIPELINES.items() if name in names}
+    entries = {name: p for name, p in {**PIPELINES, **WAYS}.items() if name in names}
     return [Line2D([], [], color=p.color, label=p.label, ls=p.dash if lines else "",
                    marker=p.marker if markers and name not in levels else "") for name, p in entries.items()]
 

@@ -18,7 +18,7 @@ import pandas as pd
 from ..artefacts import read_json
 from .grid import Study, page_of
 from .records import METHODS, spec_columns
-from ..transfer import CONTROLS, PIPELINES
+from ..transfer import CONTROLS, PIPELINES, WAYS
 
 # %% ../../nbs/study/08_provenance.ipynb #9f6a8d8f
 def same(cell, word: str) -> bool:
@@ -75,7 +75,7 @@ def matches(row: dict[str, object], # of a table
     columns = spec_columns(spec)
     if not all(same(columns[k], str(row[k])) for k in KEYS if k in row and k in columns): return False
     words = {w for k in ("way", "row") for w in str(row.get(k, "")).split()}
-    for k, known in (("pipeline", {*PIPELINES, *CONTROLS}), ("synthesis", set(METHODS))):
+    for k, known in (("pipeline", {*PIPELINES, *CONTROLS, *WAYS}), ("synthesis", set(METHODS))):
         if k in spec and words & known and spec[k] not in words: return False
     return True
 

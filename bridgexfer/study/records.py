@@ -155,6 +155,7 @@ def spec_columns(spec: dict[str, Any]) -> dict[str, Any]: # spec: of a record
         training = spec.get(key) or {}
         training = training.get("finetune", training) # a bridge has one
         found |= {f"{prefix}{k}": training[k] for k in SHOWN if k in training}
+    found |= spec.get("mixing") or {}
     if spec.get("bridge"): found["bridge"] = address("BridgeSpec", spec["bridge"])
     return found
 
@@ -187,7 +188,8 @@ def read_jobs(folder: str | Path, # the profile's runs
 
 # %% ../../nbs/study/01_records.ipynb #7b6f29e4
 METHODS = {"single": "Single template", "style": "DSI", "class": "Class-wise inversion", "untrained": "Untrained token",
-           "real_guidance": "Real Guidance", "web": "Web renders"} # ways of making synthetic images
+           "real_guidance": "Real Guidance", "between": "Between classes",
+           "web": "Web renders"} # ways of making synthetic images
 
 # %% ../../nbs/study/01_records.ipynb #5ab0c7d2
 def shots_label(shots: int, # images per class, 0 for all
