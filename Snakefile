@@ -23,7 +23,8 @@ onstart: # not in a dry run
     try: LOCK.append(begin())
     except StudyRunning as e: raise WorkflowError(str(e))
     said(lambda: require_data(study))
-    if workflow.local_exec and any(job.resources.get("gpu") for job in workflow.dag.needrun_jobs()): said(lambda: require_gpu(study))
+    on_gpu = any(job.resources.get("gpu") for job in workflow.dag.needrun_jobs())
+    if workflow.local_exec and on_gpu: said(lambda: require_gpu(study))
     Path(RUNS, "notebooks").mkdir(parents=True, exist_ok=True)
 
 onerror: # one line of cause for each job that failed
