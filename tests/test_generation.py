@@ -713,7 +713,7 @@ def test_a_branch_is_recorded_as_its_commit(tmp_path, monkeypatch):
             for kind in ("pipeline", "clip"): assert find_weights(name, kind) == f"someone/something@{commit}"
         assert synthesis_spec("someone/something", DIGITS).weights.endswith(commit)
     assert find_weights(f"someone/something@{old}") == f"someone/something@{old}"
-    with pytest.raises(OSError, match="which commit someone/something@v1 is: .*Name a commit, someone") as e:
+    with pytest.raises(OSError, match="which commit someone/something@v1 is: .*name the commit, someone") as e:
         find_weights("someone/something@v1")
     assert len(str(e.value).splitlines()) == 1
 
