@@ -1,12 +1,11 @@
 # The study as a graph: `Study` knows its jobs and pages (nbs/study/02_grid.ipynb), here they become rules. To see the papermill lines:
 #   snakemake --profile profiles/local study --dry-run --printshellcmds --config profile=smoke seeds="0 1"
 # A job runs again when its inputs or its state change, never because of prose, and then finds its records.
-import os, re, sys, time
-from pathlib import Path
+import os, sys, time
 from snakemake.exceptions import WorkflowError
-from bridgexfer.study.grid import Study, gather, job_command, job_state, near, page_command, page_state, resources
+from bridgexfer.study.grid import Study, gather, job_command, job_state, near, page_command, page_state, patterns, resources
 from bridgexfer.study.costs import require_data, require_gpu, require_rates
-from bridgexfer.study.workflow import StudyRunning, begin, failures, failures_text
+from bridgexfer.study.workflow import begin, failures, failures_text
 
 def said(make): # what a user can cause, in one sentence without a traceback
     try: return make()
@@ -20,15 +19,13 @@ if {"study", "paper", "jobs"} & {*sys.argv}: said(lambda: require_rates(study))
 if study.offline: os.environ["HF_HUB_OFFLINE"] = "1"
 
 onstart: # not in a dry run
-    try: LOCK.append(begin())
-    except StudyRunning as e: raise WorkflowError(str(e))
+    LOCK.append(said(begin))
     said(lambda: require_data(study))
     on_gpu = any(job.resources.get("gpu") for job in workflow.dag.needrun_jobs())
     if workflow.local_exec and on_gpu: said(lambda: require_gpu(study))
-    Path(RUNS, "notebooks").mkdir(parents=True, exist_ok=True)
+    os.makedirs(f"{RUNS}/notebooks", exist_ok=True)
 
-onerror: # one line of cause for each job that failed
-    print(failures_text(failures(RUNS, BEGAN)), file=sys.stderr)
+onerror: print(failures_text(failures(RUNS, BEGAN)), file=sys.stderr) # one line of cause for each job that failed
 
 LOGGED = "{params.command} > {log:q} 2>&1 && code=0 || code=$?; echo Ended with status $code >> {log:q} || true; exit $code"
 
@@ -37,28 +34,24 @@ def parts(w): return [job for job in JOBS.values() if job.part and job.manifest 
 def manifests(keys): return [f"{RUNS}/{key}.json" for key in keys]
 def reads(pages): return [f for p in pages for f in manifests(study.manifests(*p.reads))]
 def leaves(pages): return [f"{FIGURES}/{f}" for p in pages for f in p.leaves]
-def any_of(keys, i): return "|".join(sorted({re.escape(key.split("/")[i]) for key in keys})) or "none"
-
-CORE = [p for p in study.pages() if p.core]
-TUNED = [p for p in study.pages() if "tune" in p.reads]
-REST = [p for p in study.pages() if p not in TUNED]
+def whole(pages): return [*leaves(pages), *reads(pages)]
 localrules: study, paper, jobs, learning_rates, gather
 rule study: # Tables 1 and 2, Figures 2, 3 and 10; the figures alone come with a clone
-    input: leaves(CORE), reads(CORE)
+    input: whole(study.pages_of("study"))
 
 rule paper: # every table and figure whose subject the profile has
-    input: leaves(REST), reads(REST)
+    input: whole(study.pages_of("paper"))
 
 rule jobs: # everything that `paper` reads, and no table
-    input: sorted(set(reads(REST)))
+    input: sorted({*reads(study.pages_of("paper"))})
 
 rule learning_rates: # Table 5, which fine-tuning reads
-    input: leaves(TUNED), reads(TUNED)
+    input: whole(study.pages_of("learning_rates"))
 
 rule gather: # the parts of a sweep
     input: lambda w: manifests(job.key for job in parts(w))
     output: f"{RUNS}/{{folder}}/{{name}}.json"
-    wildcard_constraints: **{k: any_of([job.manifest for job in JOBS.values() if job.part], i) for i, k in enumerate(("folder", "name"))}
+    wildcard_constraints: **patterns(job.manifest for job in JOBS.values() if job.part)
     run: gather(study, *(parts(wildcards)[0].parameters[k] for k in ("sweep", "dataset", "arch")))
 
 for kind in dict.fromkeys(job.rule for job in JOBS.values()):
@@ -67,7 +60,7 @@ for kind in dict.fromkeys(job.rule for job in JOBS.values()):
         message: "{params.message}"
         input: lambda w: manifests(of(w).inputs)
         output: f"{RUNS}/{{folder}}/{{name}}.json"
-        wildcard_constraints: **{k: any_of([job.key for job in JOBS.values() if job.rule == kind], i) for i, k in enumerate(("folder", "name"))}
+        wildcard_constraints: **patterns(job.key for job in JOBS.values() if job.rule == kind)
         log: f"{RUNS}/logs/{{folder}}-{{name}}.txt"
         params: message=lambda w: of(w).message, command=lambda w: job_command(study, of(w)), state=lambda w: said(lambda: job_state(study, of(w)))
         threads: study.settings.cores

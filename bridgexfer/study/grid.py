@@ -6,14 +6,16 @@
 __all__ = ['SWEEPS', 'FROM_REAL', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES', 'LISTED', 'MESSAGES', 'PAGES', 'Profile',
            'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'Sets', 'subset', 'strength', 'Specs', 'SetSpecs',
            'web_images', 'Runs', 'Trainings', 'Choices', 'RunSpecs', 'Tuning', 'is_resource', 'decides', 'Job',
-           'contents', 'set_jobs', 'set_manifests', 'sweep_jobs', 'other_jobs', 'Page', 'page_of', 'Results', 'Study',
-           'near', 'command', 'job_command', 'page_command', 'resources', 'state', 'job_state', 'page_state', 'gather']
+           'contents', 'patterns', 'set_jobs', 'set_manifests', 'sweep_jobs', 'other_jobs', 'Page', 'page_of',
+           'Results', 'Study', 'near', 'command', 'job_command', 'page_command', 'resources', 'state', 'job_state',
+           'page_state', 'gather']
 
 # %% ../../nbs/study/02_grid.ipynb #5af956c5
 import json
 import os
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from math import ceil
@@ -508,6 +510,14 @@ def contents(dataset: str, # a name of the registry, or a folder of the user's
     stats = [(p, p.stat()) for p in sorted(Path(dataset).rglob("*")) if p.is_file()]
     return stable_hash(*((p, s.st_size, s.st_mtime_ns) for p, s in stats))
 
+# %% ../../nbs/study/02_grid.ipynb #00498e36
+def patterns(keys: Iterable[str], # of jobs or manifests: folder/name
+            ) -> dict[str, str]: # regular expressions
+    "What the wildcards `folder` and `name` of a rule may be."
+    def any_of(names): return "|".join(sorted({re.escape(name) for name in names})) or "none"
+    pairs = [key.split("/") for key in keys]
+    return dict(folder=any_of(folder for folder, _ in pairs), name=any_of(name for _, name in pairs))
+
 # %% ../../nbs/study/02_grid.ipynb #0baeec76
 def set_jobs(study: Tuning) -> list[Job]:
     "Learned tokens, and the images of each group of sets."
@@ -673,6 +683,11 @@ class Study(Results):
         has_full = "full" in self.settings.shots
         def compares(p): return not p.full_shot or has_full and {*p.full_shot} <= {*self.settings.pipelines}
         return [p for p in PAGES if compares(p) and all(self.manifests(word) for word in p.reads)]
+
+    def pages_of(self, target: str) -> list[Page]: # "study", "paper" or "learning_rates"
+        "The pages that a target of the Snakefile makes."
+        def belongs(p): return {"study": p.core, "learning_rates": "tune" in p.reads}.get(target, "tune" not in p.reads)
+        return [p for p in self.pages() if belongs(p)]
 
 # %% ../../nbs/study/02_grid.ipynb #ff879e4f
 def _options(parameters: dict[str, str]) -> str:

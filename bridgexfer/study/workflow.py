@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 # %% ../../nbs/study/06_workflow.ipynb #241fd834
-class StudyRunning(RuntimeError):
+class StudyRunning(OSError):
     "Another study is running in the same folder."
 
 def begin(folder: str | Path = ".", # of the Snakefile
