@@ -1,4 +1,4 @@
-"""Sphinx: `make docs`. docs/pages.py makes the pages; those that define, explain or teach are executed here."""
+"""Sphinx: `make docs`. docs/pages.py makes the pages; what stores no outputs is executed here."""
 import hashlib
 import logging
 import os
@@ -36,8 +36,9 @@ myst_heading_anchors = 3
 
 nb_execution_mode = "cache" # outputs are reused until a page's code, or what it depends on, changes
 nb_execution_cache_path = str(EXECUTED/digest())
-# not executed: these take hours, or read what such jobs leave
-nb_execution_excludepatterns = ["jobs/*", "paper/*", "benchmarks/*", "miniature/0[1-9]*"]
+STORED = ["00_tour*", "library/*", "paper/*"] # shown as they were run: `make outputs`
+nb_execution_excludepatterns = [*STORED, # and what takes hours, or reads what such jobs leave
+    "jobs/*", "benchmarks/*", "miniature/0[1-9]*"]
 nb_kernel_rgx_aliases = {"python3": "quiet"} # docs/kernels: a kernel that does not announce its transport
 nb_execution_timeout = 600
 nb_execution_show_tb = True

@@ -251,6 +251,13 @@ def test_the_tour_shows_its_outputs():
     assert len(pictures) >= 2 and "text/html" in shown and "text" in shown
 
 
+@pytest.mark.parametrize("notebook", [p for p in LIBRARY if p.parent.name == "library"], ids=name)
+def test_the_library_shows_outputs(notebook):
+    "Its pages of the site are not executed: they show what is stored."
+    shown = [cell for cell in cells(notebook) if cell["outputs"]]
+    assert shown, f"run docs/outputs.py {notebook.relative_to(ROOT)}"
+
+
 def slug(heading): return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
 
 
