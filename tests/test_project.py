@@ -20,6 +20,7 @@ from nbformat.v4 import new_output
 from packaging.requirements import Requirement
 from packaging.version import Version
 from PIL import Image
+from warm import run_notebook
 
 ROOT = Path(__file__).parent.parent
 WINGS = ("library", "data", "study", "apps") # whose notebooks export; each imports only what comes before it
@@ -340,9 +341,10 @@ def test_the_study_knows_every_job_and_paper_notebook():
 
 
 @pytest.mark.parametrize("notebook", [TOUR, *MINIATURE, *BENCHMARKS, *TUTORIALS], ids=name)
-def test_notebook_runs(notebook):
-    done = run("nbdev-test", notebook, "--n-workers", 0)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_notebook_runs(notebook, tmp_path, record_property):
+    status, seconds = run_notebook(notebook, tmp_path/"log")
+    record_property("elsewhere", seconds)
+    assert status == 0, (tmp_path/"log").read_text()
 
 
 def test_readme_is_what_its_notebook_gives():
