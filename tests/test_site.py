@@ -69,14 +69,14 @@ def test_every_picture_has_words(pages):
 
 
 def test_library_pages_hold_signatures_sources_and_outputs(pages):
-    html, text = (SITE/"library/13_scores.html").read_text(), words("library/13_scores.html")
+    html, text = (SITE/"library/17_scores.html").read_text(), words("library/17_scores.html")
     assert 'id="scores-leep"' in html and "Show the code" in html
     assert "_check_softmax" in text and "-2.302" not in words("jobs/transferability.html")
     assert "steps has the source 'guessed'" in words("study/00_settings.html") # printed when the notebook ran
 
 
 def test_names_lead_to_their_definitions(pages):
-    assert "library/12_transfer.html#transfer-transferspec-class" in pages[SITE/"records.html"].links
+    assert "library/16_transfer.html#transfer-transferspec-class" in pages[SITE/"records.html"].links
 
 
 def test_reference_has_every_setting(pages):
@@ -167,10 +167,10 @@ def test_every_page_in_a_browser(pages, address, tab):
         wrong += [f"{place}: {text}" for text in found]
         found.clear()
     assert not wrong, "\n".join(wrong)
-    assert formulas["library/13_scores.html"] > 10 and sum(formulas.values()) > 200
+    assert formulas["library/17_scores.html"] > 10 and sum(formulas.values()) > 200
 
 
-@pytest.mark.parametrize(("word", "page"), [("LEEP", "library/13_scores"), ("bridged", "library/12_transfer")])
+@pytest.mark.parametrize(("word", "page"), [("LEEP", "library/17_scores"), ("bridged", "library/16_transfer")])
 def test_search_finds(address, tab, word, page):
     tab.goto(f"{address}/search.html?q={word}")
     expect(tab.locator(f"#search-results li a[href*='{page}']").first).to_be_attached(timeout=20_000)
