@@ -88,7 +88,8 @@ class IpcEngine(NBClientEngine):
         "Run a notebook, as papermill asks for it."
         unused = ("input_path", "timeout", "startup_timeout")
         kwargs = {k: v for k, v in kwargs.items() if k not in unused}
-        how = dict(kernel_name=kernel_name, startup_timeout=start_timeout, timeout=execution_timeout, log=logger)
+        patience = max(start_timeout, 600) # a kernel starts slowly where other work has the processors
+        how = dict(kernel_name=kernel_name, startup_timeout=patience, timeout=execution_timeout, log=logger)
         with TemporaryDirectory(prefix="k-", dir=short_folder()) as folder:
             sockets = dict(transport="ipc", connection_file=str(Path(folder)/"k.json"))
             how |= dict(kernel_manager_class=OwnKernel, config=Config(KernelManager=sockets))
