@@ -82,7 +82,7 @@ docs-serve: docs ## show the site on localhost, at PORT=8000
 readme: $(STAMP) ## write README.md from nbs/index.ipynb
 	@$(RUN) python docs/readme.py
 
-outputs: $(STAMP) ## execute the tour and the library's notebooks, and store what they show (10 minutes); PAPER=1 stores what `make paper` left
+outputs: $(STAMP) ## execute the tour and the notebooks that export, and store what they show (20 minutes); PAPER=1 stores what `make paper` left
 	@$(RUN) OMP_NUM_THREADS=1 python docs/outputs.py $(if $(strip $(PAPER)),--paper $(PROFILE))
 
 # What a machine measures: at miniature scale on a CPU, at the models' own sizes on a GPU.

@@ -1,7 +1,7 @@
 """Store outputs in the notebooks that are read on GitHub: `python docs/outputs.py [NOTEBOOK ...]`, or `make outputs`.
 
-Without arguments: the tour and the library wing. Each notebook is executed in place. What a reader sees is kept, up to
-LIMIT bytes a cell: text, tables, pictures. What differs from run to run is not: progress bars, warnings, counts, times,
+Without arguments: the tour and the notebooks that define the package. Each is executed in place. What a reader sees is
+kept, up to LIMIT bytes a cell: text, tables, pictures. What differs from run to run is not: progress bars, warnings, counts, times,
 temporary folders. A cell tagged `unstored`, such as one that prints seconds, keeps nothing.
 
 With `--paper [PROFILE]`, or `make outputs PAPER=1`: the paper's pages, which are not executed here. Their outputs are
@@ -106,7 +106,7 @@ def store(path: Path) -> list[str]: # what could not be stored, a sentence each
     "Execute a notebook and write it back with its outputs."
     nb = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(nb, kernel_name="quiet", timeout=1200, resources=resources).execute()
+    NotebookClient(nb, kernel_name="quiet", timeout=1200, startup_timeout=600, resources=resources).execute()
     return keep(nb, path)
 
 
@@ -219,7 +219,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--paper"]:
         left_out = store_paper(" ".join(sys.argv[2:]))
         sys.exit("\n".join(left_out) or 0)
-    library = sorted((ROOT/"nbs/library").glob("*.ipynb"))
-    for path in map(Path, sys.argv[1:] or [ROOT/"nbs/00_tour.ipynb", *library]):
+    wings = [p for wing in ("library", "data", "study", "apps") for p in sorted((ROOT/"nbs"/wing).glob("*.ipynb"))]
+    for path in map(Path, sys.argv[1:] or [ROOT/"nbs/00_tour.ipynb", *wings]):
         print(path.name, flush=True)
         for sentence in store(path): print(f"  {sentence}")

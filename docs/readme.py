@@ -24,7 +24,8 @@ def from_top(markdown: str) -> str:
 def readme() -> str: # Markdown
     "The text of README.md."
     nb = nbformat.read(ROOT/"nbs/index.ipynb", as_version=4)
-    NotebookClient(nb, kernel_name="python3", resources={"metadata": {"path": str(ROOT/"nbs")}}).execute()
+    resources = {"metadata": {"path": str(ROOT/"nbs")}}
+    NotebookClient(nb, kernel_name="python3", startup_timeout=600, resources=resources).execute()
     for cell in nb.cells: # no progress bars, no warnings
         if cell.cell_type != "code": continue
         cell.outputs = [o for o in cell.outputs if "text/markdown" in o.get("data", {})]

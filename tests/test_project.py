@@ -246,13 +246,13 @@ def test_outputs_are_tidied_before_they_are_stored():
 
 
 def test_the_tour_shows_its_outputs():
-    "A reader on GitHub sees them; those of the library wing are stored by the same command, `make outputs`."
+    "A reader on GitHub sees them; those of the notebooks that export are stored by the same `make outputs`."
     shown = [kind for cell in cells(TOUR) for o in cell["outputs"] for kind in o.get("data", {"text": ""})]
     pictures = [kind for kind in shown if kind.startswith("image/")]
     assert len(pictures) >= 2 and "text/html" in shown and "text" in shown
 
 
-@pytest.mark.parametrize("notebook", [p for p in LIBRARY if p.parent.name == "library"], ids=name)
+@pytest.mark.parametrize("notebook", LIBRARY, ids=name)
 def test_the_library_shows_outputs(notebook):
     "Its pages of the site are not executed: they show what is stored."
     shown = [cell for cell in cells(notebook) if cell["outputs"]]
