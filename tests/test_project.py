@@ -340,7 +340,11 @@ def test_the_study_knows_every_job_and_paper_notebook():
     assert {page.name for page in PAGES} == {p.stem for p in PAPER}
 
 
-@pytest.mark.parametrize("notebook", [TOUR, *MINIATURE, *BENCHMARKS, *TUTORIALS], ids=name)
+LONG = ("growth", "sharing", "two_commands") # many processes, parts of a study, a study in a clone
+
+
+@pytest.mark.parametrize("notebook", [p if p.stem not in LONG else pytest.param(p, marks=pytest.mark.slow)
+                                      for p in [TOUR, *MINIATURE, *BENCHMARKS, *TUTORIALS]], ids=name)
 def test_notebook_runs(notebook, tmp_path, record_property):
     status, seconds = run_notebook(notebook, tmp_path/"log")
     record_property("elsewhere", seconds)
