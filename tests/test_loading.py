@@ -19,14 +19,13 @@ from bridgexfer.evaluation import accuracy, predict
 from bridgexfer.finetune import FinetuneSpec, finetune
 from bridgexfer.generation import synthesis_spec
 from bridgexfer.images import Images, Parts, as_images, file_array, open_file, store
-from bridgexfer.loading import GRID_SIZE, InputConfig, crop, cropped, cut, eval_batches, normalise, prefetch
+from bridgexfer.loading import InputConfig, crop, cropped, eval_batches, normalise, prefetch
 from bridgexfer.loading import random_boxes, to_device, to_float, train_batches
 from bridgexfer.synthetic_sets import SyntheticSet, bind, image_file, shard_path, shard_table, write_shard
 from bridgexfer.transfer import join
 
 SETTINGS = [Augment(), GLYPHS, Augment(scale=(0.5, 1), ratio=(0.5, 2)), Augment(scale=(0.9, 1), ratio=(0.4, 2.5)),
             Augment(scale=(0.2, 0.21), ratio=(1, 1))]
-EXTREMES = [Augment(scale=(1, 1), ratio=(1, 1)), Augment(scale=(0.001, 0.002))]
 BOX = dict(area=lambda v: v[:, 2] * v[:, 3], ratio=lambda v: v[:, 2] / v[:, 3],
            x=lambda v: v[:, 0], y=lambda v: v[:, 1], width=lambda v: v[:, 2], height=lambda v: v[:, 3])
 
@@ -67,24 +66,8 @@ def test_the_comparison_would_notice_another_rule():
     assert ks_2samp(np.full(3000, 0.5), b[:, 0].numpy()).pvalue < 1e-3
 
 
-@pytest.mark.parametrize("augment", [*SETTINGS, *EXTREMES], ids=label)
-@pytest.mark.parametrize(("h", "w", "size"), [(73, 73, 64), (60, 90, 50), (2, 2, 49), (256, 256, 64)])
-def test_cut_is_crop(augment, h, w, size):
-    rng = seeded()
-    pixels = torch.randint(0, 256, (9, h, w, 3), dtype=torch.uint8, generator=rng)
-    boxes = random_boxes(9, augment, rng)
-    flip = torch.arange(9) % 2 == 0
-    mean, std = (0.1, 0.5, 0.7), (0.2, 0.3, 0.4)
-    plain = normalise(crop(to_float(pixels), boxes, flip, size), mean, std)
-    fast = cut(pixels, boxes, flip, size, mean, std)
-    assert fast.shape == plain.shape == (9, 3, size, size) and fast.is_contiguous(memory_format=torch.channels_last)
-    # noise has steps of 255 / 0.2 a pixel; a position is right to a millionth of the image
-    assert (plain - fast).abs().max() < 2e-3
-    assert torch.allclose(cut(pixels, boxes, flip, size), crop(to_float(pixels), boxes, flip, size), atol=5e-4)
-
-
-@pytest.mark.parametrize("size", [GRID_SIZE, GRID_SIZE + 1])
-def test_batches_are_the_same_on_both_sides_of_the_switch(size):
+@pytest.mark.parametrize("size", [32, 64])
+def test_batches_are_crops_of_rows_in_order(size):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
     images = as_images(pixels, np.arange(20) % 3, "abc")
     mean, std = (0.4,) * 3, (0.2,) * 3
@@ -94,7 +77,7 @@ def test_batches_are_the_same_on_both_sides_of_the_switch(size):
     boxes = random_boxes(7, Augment(), rng)
     flip = torch.rand(7, generator=rng) < 0.5
     plain = crop(to_float(pixels[order.numpy()]), boxes, flip, size)
-    assert torch.allclose(x, normalise(plain, mean, std), atol=2e-3)
+    assert torch.allclose(x, normalise(plain, mean, std), atol=1e-6)
     assert y.tolist() == images.labels[order.numpy()].tolist()
 
 

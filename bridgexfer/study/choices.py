@@ -267,7 +267,7 @@ NO_RESULT = { # pattern -> why no result depends on it
     **{f"*:{name}": "what can be chosen" for name in (
         "FORMATS", "TOKENS", "PRECISIONS", "AUTOCAST", "METRICS", "FIXED_PIPELINES", "VERDICTS")},
     "generation:AT_ONCE": "what fits in memory",
-    "generation:BETWEEN": "a word of a spec", "loading:GRID_SIZE": "which of two equal ways is faster",
+    "generation:BETWEEN": "a word of a spec",
     "statistics:FALSE_VERDICTS": "what a simulation found",
     "statistics:POWER": "of an effect that could have been seen",
 }
