@@ -158,8 +158,8 @@ class Machine:
         subprocess.run([sys.executable, "-m", "venv", home/"env"], check=True)
         self.python = home/"env"/"bin"/"python"
         site = next((home/"env").glob("lib/python*/site-packages"))
-        line = [self.python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-index", wheel]
-        subprocess.run(line, check=True)
+        pip = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--no-deps", "--no-index", wheel], check=True)
         (site/"dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
         self.folder = home/"empty"
         self.folder.mkdir()
