@@ -143,12 +143,15 @@ def read_json(path: str | Path):
 LIBRARIES = ("torch", "torchvision", "timm", "diffusers", "transformers")
 
 def _git(*args: str) -> str:
-    done = subprocess.run(["git", *args], capture_output=True, encoding="utf-8", check=True)
+    folder = str(files("bridgexfer"))
+    done = subprocess.run(["git", "-C", folder, *args], capture_output=True, encoding="utf-8", check=True)
     return done.stdout.strip()
 
 def _commit() -> str | None:
-    "The git commit of the current folder, with `+` if its files differ from it; None outside a clone."
-    try: changed = _git("status", "--porcelain", "--untracked-files=no")
+    "The git commit of this package, with `+` if files of its clone differ from it; None if it is installed."
+    try:
+        _git("ls-files", "--error-unmatch", "__init__.py") # an environment may be in another project's clone
+        changed = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError): return None
     return _git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
 

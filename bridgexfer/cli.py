@@ -37,13 +37,13 @@ Seeds = Annotated[str | None, _option('"0 1 2"', "seeds, separated by blanks (de
 Model = Annotated[str | None, _option("MODEL", "text-to-image model, a folder or id of diffusers (default: profile's)")]
 Device = Annotated[str | None, _option("DEVICE", "cpu, cuda or cuda:1 (default: cuda where there is one)")]
 Style = Annotated[bool, _flag("--style", "in the dataset's learned style; the token is learned first if need be")]
-Profile = Annotated[str | None, _option("NAME", "section of settings.ini, such as evening (default: file's)")]
+Profile = Annotated[str | None, _option("NAME", "such as evening, the default outside of a clone, or miniature")]
 AsJson = Annotated[bool, _flag("--json", "print one JSON value")]
 
 # %% ../nbs/apps/03_cli.ipynb #38c4d503
 Settings = Annotated[list[str] | None, typer.Option(
-    "--set", metavar="KEY=VALUE", help="any other setting of settings.ini; repeatable")]
-KeyValues = Annotated[list[str] | None, _argument("KEY=VALUE", "settings as in settings.ini, and profile=NAME")]
+    "--set", metavar="KEY=VALUE", help="any other setting; repeatable")]
+KeyValues = Annotated[list[str] | None, _argument("KEY=VALUE", "settings, and profile=NAME")]
 
 # %% ../nbs/apps/03_cli.ipynb #d9d4c2f1
 def key_values(words: list[str] | None) -> dict[str, str]: # words: such as "guidance=5"
@@ -59,11 +59,12 @@ def key_values(words: list[str] | None) -> dict[str, str]: # words: such as "gui
 def _own_study(dataset: str, profile: str | None, words: list[str] | None,
                generates: bool = True, **options): # of `own_study`
     "The profile that the options name, with their changes."
-    from bridgexfer.own_images import own_study
+    from bridgexfer.own_images import own_study, user_ini
     named = {k: v for k, v in dict(profile=profile, **options).items() if v is not None}
     changes = key_values(words)
     if twice := [k for k, v in named.items() if changes.get(k, v) != v]:
         raise ValueError(f"--{twice[0]} {named[twice[0]]} and --set {twice[0]}={changes[twice[0]]} differ: give one.")
+    if file := user_ini(dataset): print(f"Settings of {file} hold.", file=sys.stderr)
     return own_study(dataset, generates=generates, **{**named, **changes})
 
 # %% ../nbs/apps/03_cli.ipynb #7f811a3c
@@ -320,6 +321,13 @@ def _page(outcome, study, folder: Path, images: bool, style: bool, given, device
     of_set = given.folder if given else study.runs_dir/"synthetic"/name
     return own_report(outcome, study.runs_dir, folder, synthetic, of_set, images)
 
+# %% ../nbs/apps/03_cli.ipynb #76494a00
+def _warn_of_cpu(study, device: str) -> None:
+    "Say that a profile for a GPU runs without one."
+    if device != "cpu" or not study.settings.gpu: return
+    print(f"Warning: the profile {study.settings.profile} is made for a GPU, and on a CPU it may take weeks.",
+          file=sys.stderr)
+
 # %% ../nbs/apps/03_cli.ipynb #49ba4d49
 Backbone = Annotated[str | None, _option(
     "NAME", "the backbone: a name of bridgexfer or of timm (default: profile's first)")]
@@ -344,6 +352,7 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
         text = f"{report.text()}\nRepair these first; nothing was trained."
         return _answer(1, {"check": report.to_dict()}, text, as_json)
     study = _own_study(dataset, profile, settings, not synthetic, images=images, seeds=seeds, model=model)
+    _warn_of_cpu(study, device)
     given = _given(study, dataset, synthetic)
     data = study.load(dataset)
     how = dict(style=style, given=given, device=device)

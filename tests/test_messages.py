@@ -17,7 +17,7 @@ from bridgexfer.data.registry import dataset_info, load_dataset
 from bridgexfer.finetune import NonFiniteLoss
 from bridgexfer.generation import check_images, check_lengths, sample, synthesis_spec
 from bridgexfer.hub import said_by_hub
-from bridgexfer.study.settings import find_settings, load_settings
+from bridgexfer.study.settings import load_settings
 from bridgexfer.synthetic_sets import generate
 
 ROOT = Path(__file__).parents[1]
@@ -118,18 +118,6 @@ def test_an_option_and_a_setting_may_not_differ(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert main(["generate", "digits", "--images", "3", "--set", "images=4"]) == 2
     assert "--images 3 and --set images=4 differ" in capsys.readouterr().err
-
-
-def test_a_foreign_settings_ini_is_named_and_not_used(tmp_path, caplog, monkeypatch, capsys):
-    other = tmp_path/"clone"/"other"
-    other.mkdir(parents=True)
-    (other/"settings.ini").write_text("[DEFAULT]\nlib_name = other\n")
-    monkeypatch.chdir(other)
-    assert main(["generate", "digits"]) == 2
-    assert "settings.ini is another project's: it has no section [study]" in capsys.readouterr().err
-    ours = tmp_path/"clone"/"settings.ini"
-    ours.write_bytes((ROOT/"settings.ini").read_bytes())
-    assert find_settings() == ours and "another project's" in caplog.text
 
 
 @pytest.mark.parametrize(("text", "said"), [
