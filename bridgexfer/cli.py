@@ -37,7 +37,7 @@ Seeds = Annotated[str | None, _option('"0 1 2"', "seeds, separated by blanks (de
 Model = Annotated[str | None, _option("MODEL", "text-to-image model, a folder or id of diffusers (default: profile's)")]
 Device = Annotated[str | None, _option("DEVICE", "cpu, cuda or cuda:1 (default: cuda where there is one)")]
 Style = Annotated[bool, _flag("--style", "in the dataset's learned style; the token is learned first if need be")]
-Profile = Annotated[str | None, _option("NAME", "such as evening, the default outside of a clone, or miniature")]
+Profile = Annotated[str | None, _option("NAME", "such as evening, the default outside of a clone")]
 AsJson = Annotated[bool, _flag("--json", "print one JSON value")]
 
 # %% ../nbs/apps/03_cli.ipynb #38c4d503
