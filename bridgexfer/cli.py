@@ -500,8 +500,16 @@ def _print_anywhere(stream) -> None: # standard output or error
     "Print `?` for a character that the locale lacks."
     if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace") # and not a notebook's
 
+def _open_streams() -> None:
+    "Open what a parent process has closed, so that no file of ours becomes standard output or error."
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3: os.set_inheritable(fd, True)
+    os.close(fd)
+    if sys.stdout is None: sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is None: sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
+
 def _run(words: list[str]) -> int: # exit code
     "Run a command, and write all of its output."
+    _open_streams()
     _print_anywhere(sys.stdout)
     _print_anywhere(sys.stderr)
     errors = sys.stderr if sys.stderr.isatty() else WithoutBars(sys.stderr)
@@ -549,6 +557,7 @@ def main(argv: list[str] | None = None) -> int: # exit code
     "Run a command."
     words = sys.argv[1:] if argv is None else argv
     try: code = _run(words)
+    except KeyboardInterrupt: code = 130 # before or after the command proper
     except BrokenPipeError: return _end_quietly()
     except Exception as e: return _report(e)
     if code == 130: print(interrupted(words), file=sys.stderr)

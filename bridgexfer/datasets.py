@@ -145,7 +145,7 @@ def _once(pairs: list[tuple[str, str]]) -> dict[str, str]: # the items of a JSON
 def _read_names(path: Path) -> dict[str, str]: # {folder: name}
     remedy = 'write it as {"folder": "class name"}, each folder once'
     try: given = json.loads(path.read_bytes(), object_pairs_hook=_once)
-    except ValueError as e: raise ValueError(f"{path} cannot be read ({e}): {remedy}.") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} cannot be read ({e}): {remedy}.") from None
     if isinstance(given, dict) and all(isinstance(n, str) for n in given.values()): return given
     raise ValueError(f"{path} does not map folders to names: {remedy}.")
 

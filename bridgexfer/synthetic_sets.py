@@ -288,7 +288,8 @@ def read_spec(folder: str | Path) -> SynthesisSpec:
     path = Path(folder)/"spec.json"
     if not path.exists(): raise FileNotFoundError(f"{folder} is not a synthetic set: it has no spec.json.")
     try: return SynthesisSpec(**read_json(path))
-    except TypeError as e: raise ValueError(f"{path} is not the spec of a synthetic set: {e}.") from None
+    except (TypeError, AttributeError, KeyError) as e:
+        raise ValueError(f"{path} is not the spec of a synthetic set ({e}): give the folder of one.") from None
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #9d7a3899
 def bind(folder: Path, # of a set, there or not
