@@ -539,7 +539,7 @@ class WithoutBars:
 
 # %% ../nbs/apps/03_cli.ipynb #fa79100b
 KEPT = { # command -> what an interruption leaves; all others only read
-    "generate": "the images of every shard that was complete are kept",
+    "generate": "all images but those of the last minutes are kept",
     "invert": "the state that the token was last saved in is kept",
     "transfer": "synthetic images, finished trainings and the last saved state of the one that was running are kept",
     "verify": "shards that were made again are kept",
