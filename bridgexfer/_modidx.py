@@ -119,6 +119,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'bridgexfer.cli._given': ('apps/cli.html#_given', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._new_folder': ('apps/cli.html#_new_folder', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._notice': ('apps/cli.html#_notice', 'bridgexfer/cli.py'),
+                                'bridgexfer.cli._of_system': ('apps/cli.html#_of_system', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._open_streams': ('apps/cli.html#_open_streams', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._option': ('apps/cli.html#_option', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._own_study': ('apps/cli.html#_own_study', 'bridgexfer/cli.py'),

@@ -137,7 +137,8 @@ def write_json(path: str | Path, # where
 def read_json(path: str | Path):
     "Read JSON; a damaged file is named in the error."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): delete it and run again.") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON ({e}): delete it and run again.") from None
 
 # %% ../nbs/library/00_artefacts.ipynb #14483dd2
 LIBRARIES = ("torch", "torchvision", "timm", "diffusers", "transformers")

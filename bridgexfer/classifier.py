@@ -79,10 +79,12 @@ def open_classifier(folder: str | Path) -> Classifier:
     try: model = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True)
     except (RuntimeError, KeyError, TypeError, AttributeError) as e:
         first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise ValueError(f"{folder} cannot be opened as a timm model ({first.rstrip(' .:')}).") from None
+        raise ValueError(f"{folder} cannot be opened as a timm model ({first.rstrip(' .:')}): "
+                         "give a folder that `bridgexfer transfer --out` made.") from None
     names = tuple(config["label_names"])
     if len(names) != model.num_classes:
-        raise ValueError(f"{folder}/config.json names {len(names)} classes, and the model has {model.num_classes}.")
+        raise ValueError(f"{folder}/config.json names {len(names)} classes, and the model has {model.num_classes}: "
+                         "correct label_names, or make the classifier again.")
     return Classifier(folder, model.eval(), names, stored_size(folder, config))
 
 # %% ../nbs/apps/01_classifier.ipynb #44f7766f

@@ -221,7 +221,8 @@ def _layouts(folder: Path) -> dict[str, tuple[Callable[[Path], Iterator[Item]], 
 def find_items(folder: Path, # of a set, in any of the four layouts
               ) -> list[Item]: # in the order of the files; labels as names.json calls them
     "The images of a set made elsewhere; a folder that cannot be one is a ValueError or FileNotFoundError."
-    if not folder.is_dir(): raise FileNotFoundError(f"{folder} is no folder: give the one with the synthetic images.")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: give the one with the synthetic images.")
     layouts = _layouts(folder)
     (read, files), *more = layouts.values()
     if more: raise ValueError(f"{folder} holds a set as {' and as '.join(layouts)}: move one of them elsewhere.")

@@ -113,7 +113,8 @@ def read_shard(path: Path) -> pa.Table:
     try: return _read(path)
     except OSError as e:
         reason = (str(e).splitlines() or ["no reason given"])[0]
-        raise ValueError(f"{path} is damaged ({reason}): verify(repair=True) makes it again.") from None
+        raise ValueError(f"{path} is damaged ({reason}): "
+                         f"`bridgexfer verify {path.parent} --repair` makes it again.") from None
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #78a2e946
 def image_files(table: pa.Table) -> Iterator[bytes]:
@@ -264,7 +265,8 @@ def make_shard(spec: SynthesisSpec, # the set
               ) -> pa.Table:
     "Sample the images of one shard."
     rows = shard_rows(spec, number)
-    cache, files = embedded(pipe, rows[:len(begun)], spec), []
+    cache = embedded(pipe, rows[:len(begun)], spec)
+    files = []
     saved = time.monotonic()
     bar.update(len(begun))
     with ThreadPoolExecutor(1) as pool:

@@ -1,7 +1,9 @@
 """Odd folders, odd settings, odd words: a command ends in a sentence and a documented exit code, and loses nothing.
 
-Examples are drawn from a seed and their number. `make fuzz MINUTES=60` goes on for as long as it is told, with commands
-that make images and train among them; a failure names the example, and BRIDGEXFER_FUZZ_FIRST=<number> begins there."""
+Examples are drawn from a seed and their number. `make fuzz MINUTES=60` goes on for as long as it is told,
+with commands
+that make images and train among them; a failure names the example,
+and BRIDGEXFER_FUZZ_FIRST=<number> begins there."""
 import io
 import json
 import os
@@ -33,9 +35,10 @@ CODES = {0, 1, 2, 130}
 
 # ---- odd folders
 
-CLASSES = ("one", "three", "0", "n01440764", "{}", "{0}", "%s", "it's", 'a "b"', "owl 🦉", "x" * 200, ".hidden", "-rf",
-           " one", "two ", "a\nb", "train", "test", "val", "__MACOSX", "@eaDir", "ONE", "Ünï", "$(touch pwned)", "names",
-           "a\\b", "<b>", "é", "e\u0301", "one.png", "\udcff", "\u202eeno", "CON", "~", "*")
+CLASSES = ("one", "three", "0", "n01440764", "{}", "{0}", "%s", "it's", 'a "b"', "owl 🦉", "x" * 200, ".hidden",
+           "-rf", " one", "two ", "a\nb", "train", "test", "val", "__MACOSX", "@eaDir", "ONE", "Ünï",
+           "$(touch pwned)", "names", "a\\b", "<b>", "é", "e\u0301", "one.png", "\udcff", "\u202eeno", "CON", "~",
+           "*")
 
 
 def picture(rng, size=(40, 40), mode="RGB"):
@@ -63,9 +66,9 @@ def file(rng):
         ("u.png", saved(Image.new("RGBA", (9, 9)), "PNG")), ("v\n.png", whole), ("names.json", b"{}")])
 
 
-NAMES = (b"{}", b"[]", b"{", b"\xff\xfe", b"[" * 10**5, b'{"one": 1}', b'{"one": ""}', b'{"one": "three"}', b'{"no": "x"}',
-         b'{"one": "{}"}', b'{"one": "a\\nb"}', b'{"one": "\\ud800"}', b'{"one": "x", "one": "y"}', b"1" * 5000, b"",
-         json.dumps({"one": "very " * 100}).encode(), b'{"0": "tench"}')
+NAMES = (b"{}", b"[]", b"{", b"\xff\xfe", b"[" * 10**5, b'{"one": 1}', b'{"one": ""}', b'{"one": "three"}',
+         b'{"no": "x"}', b'{"one": "{}"}', b'{"one": "a\\nb"}', b'{"one": "\\ud800"}', b'{"one": "x", "one": "y"}',
+         b"1" * 5000, b"", json.dumps({"one": "very " * 100}).encode(), b'{"0": "tench"}')
 
 
 def write_class(rng, folder):
@@ -102,20 +105,24 @@ def write_folder(rng, folder):
     return folder
 
 
-SPEC = dict(names=["one", "three"], weights="0" * 16, model="miniature", steps=2, size=32, shard=2, guidance=3.5, seed=0,
+SPEC = dict(names=["one", "three"], weights="0" * 16, model="miniature", steps=2, size=32, shard=2, guidance=3.5,
+            seed=0,
             stored_size=32, format="png", prompts=None, init_images="", strength=None, templates="single")
-VALUES = (None, [], {}, "", "x", -1, 0, 1.5, 10**30, True, [None], [[]], {"sentences": 1}, ["one", "one"], "between-", "given-")
+VALUES = (None, [], {}, "", "x", -1, 0, 1.5, 10**30, True, [None], [[]], {"sentences": 1}, ["one", "one"],
+          "between-", "given-")
 
 
 def write_set(rng, folder):
     "A folder that may once have been a synthetic set or a classifier."
     folder.mkdir()
-    for name, value in (("spec.json", SPEC), ("import.json", {"spec": SPEC}), ("config.json", {"label_names": ["one", "three"]})):
+    for name, value in (("spec.json", SPEC), ("import.json", {"spec": SPEC}), ("config.json",
+                                                                               {"label_names": ["one", "three"]})):
         changed = {**value, rng.choice([*value]): rng.choice(VALUES)} if rng.random() < 0.8 else rng.choice(VALUES)
         content = json.dumps(changed).encode() if rng.random() < 0.8 else rng.choice(NAMES)
         if rng.random() < 0.6: (folder/name).write_bytes(content)
     for name in ("shard-00000.parquet", "metadata.jsonl", "metadata.csv", "a.parquet", "a.tar", "model.safetensors"):
-        if rng.random() < 0.2: (folder/name).write_bytes(rng.choice((*NAMES, b"PAR1", b"file_name,label\nx,y\n", bytes(9))))
+        if rng.random() < 0.2: (folder/name).write_bytes(rng.choice((*NAMES, b"PAR1", b"file_name,label\nx,y\n",
+                                                                     bytes(9))))
     return folder
 
 
@@ -129,19 +136,23 @@ def state(folder):
 
 # ---- odd words
 
-ODD = ("", " ", "-1", "0", "1", "2", "3.5", "1e9", "nan", "inf", "∞", "٣", "1_0", "9" * 30, "9" * 5000, "None", "true", "\0",
-       "a" * 5000, "../..", "~", "~nobody/x", "/dev/null", "/proc/self/mem", "me/tiny", "me/tiny@", "a/b/c", "\udcff", "🦉",
-       "{}", "%s", "a=b", "=", "|", "full", "tuned", "digits", "registry:digits", "registry:", "./digits", "a\nb", "-", "--",
-       "cpu", "cuda", "cuda:99", "meta", "mps", "evening", "smoke", "paper", "study", "resnet18", "mini_vit", "png", "0 1",
-       "1 | paper", "1 | nobody | no", "DPM++", "fp16", "single", "vanilla", "bridged_pp mixed", "http://localhost:1/a")
-KEYS = ("images", "steps", "lr", "lrs", "seeds", "epochs", "stage1_epochs", "guidance", "size", "stored_size", "format", "batch",
-        "precision", "scheduler", "generate_batch", "validation", "mixup", "sets", "pipelines", "archs", "model", "revision",
-        "clip", "runs", "figures", "data", "shots", "momentum", "tuning_seeds", "profile", "dataset", "path", "self", "gpu",
-        "inversion_init", "style_steps", "memory", "nonsense", "", "few_seeds", "stage1_lrs", "datasets", "cores")
+ODD = ("", " ", "-1", "0", "1", "2", "3.5", "1e9", "nan", "inf", "∞", "٣", "1_0", "9" * 30, "9" * 5000, "None",
+       "true", "\0", "a" * 5000, "../..", "~", "~nobody/x", "/dev/null", "/proc/self/mem", "me/tiny", "me/tiny@",
+       "a/b/c", "\udcff", "🦉", "{}", "%s", "a=b", "=", "|", "full", "tuned", "digits", "registry:digits",
+       "registry:", "./digits", "a\nb", "-", "--", "cpu", "cuda", "cuda:99", "meta", "mps", "evening", "smoke",
+       "paper", "study", "resnet18", "mini_vit", "png", "0 1", "1 | paper", "1 | nobody | no", "DPM++", "fp16",
+       "single", "vanilla", "bridged_pp mixed", "http://localhost:1/a")
+KEYS = ("images", "steps", "lr", "lrs", "seeds", "epochs", "stage1_epochs", "guidance", "size", "stored_size",
+        "format", "batch", "precision", "scheduler", "generate_batch", "validation", "mixup", "sets", "pipelines",
+        "archs", "model", "revision", "clip", "runs", "figures", "data", "shots", "momentum", "tuning_seeds",
+        "profile", "dataset", "path", "self", "gpu", "inversion_init", "style_steps", "memory", "nonsense", "",
+        "few_seeds", "stage1_lrs", "datasets", "cores")
 OPTIONS = { # command -> options with a value; all are tried with others, too
-    "check": ("--csv",), "datasets": ("--profile",), "invert": ("--images", "--seeds", "--model", "--device", "--profile"),
-    "generate": ("--images", "--seeds", "--model", "--device", "--export", "--templates", "--table", "--captions", "--domain",
-                 "--prefix", "--suffix", "--negative", "--from-real", "--between", "--strength", "--profile"),
+    "check": ("--csv",), "datasets": ("--profile",),
+    "invert": ("--images", "--seeds", "--model", "--device", "--profile"),
+    "generate": ("--images", "--seeds", "--model", "--device", "--export", "--templates", "--table", "--captions",
+                 "--domain", "--prefix", "--suffix", "--negative", "--from-real", "--between", "--strength",
+                 "--profile"),
     "compare": ("--arch", "--device"), "leep": ("--arch", "--images"), "curate": ("--share", "--threshold", "--out"),
     "transfer": ("--arch", "--out", "--synthetic", "--images", "--seeds"), "predict": ("--top", "--batch", "--csv"),
     "export": ("--out",), "provenance": ("--profile",)}
@@ -168,7 +179,8 @@ def words(rng, folder, tmp):
         line += ["profile=smoke", f"runs={tmp/'runs'}"]
         line += [setting(rng, tmp/"runs") for _ in range(rng.choice((0, 1, 1, 2)))]
     elif command != "datasets": line += [place]
-    if command in ("compare", "curate", "predict"): line += [rng.choice((str(folder), str(tmp/"made"), rng.choice(ODD)))]
+    if command in ("compare", "curate", "predict"): line += [rng.choice((str(folder), str(tmp/"made"),
+                                                                         rng.choice(ODD)))]
     if command in OF_STUDY:
         line += ["--profile", "smoke", "--set", f"runs={tmp/'runs'}", "--set", "images=4"]
         line += [w for _ in range(rng.choice((0, 0, 1, 2))) for w in ("--set", setting(rng, tmp/"runs"))]
@@ -182,10 +194,12 @@ def words(rng, folder, tmp):
 def value_of(rng, option, tmp):
     "What an option is given; what is written goes where nothing of the user's is."
     if option in ("--csv", "--out", "--export"):
-        return rng.choice((str(tmp/"new"), str(tmp/"a"/"new"), str(tmp/("n" * 300)), "/dev/full/x", str(tmp/"user"/"names.json"/"x")))
+        return rng.choice((str(tmp/"new"), str(tmp/"a"/"new"), str(tmp/("n" * 300)), "/dev/full/x",
+                           str(tmp/"user"/"names.json"/"x")))
     if option in ("--templates", "--table") and rng.random() < 0.7:
         path = tmp/rng.choice(("given.txt", "given.csv", "given.json"))
-        path.write_bytes(rng.choice((*NAMES, b"a photo of a {}.", b"class,prompt\none,a one\nthree,a three\n", b"\0")))
+        path.write_bytes(rng.choice((*NAMES, b"a photo of a {}.", b"class,prompt\none,a one\nthree,a three\n",
+                                     b"\0")))
         return str(path)
     return rng.choice(ODD)
 
@@ -257,8 +271,9 @@ def import_everything():
     "An interrupted import breaks a module for the rest of a process, which a command does not live to see."
     for path in sorted((ROOT/"bridgexfer").rglob("*.py")):
         import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
-    for line in (["generate", "digits"], ["leep", "digits"], ["compare", "digits", "nowhere"]): main([*line, "--profile", "none"])
-    for name in ("diffusers", "transformers", "timm", "sklearn.metrics", "seaborn", "matplotlib.pyplot", "scipy.stats"):
+    for line in ("generate digits", "leep digits", "compare digits nowhere"): main([*line.split(), "--profile", "none"])
+    for name in ("diffusers", "transformers", "timm", "sklearn.metrics", "seaborn", "matplotlib.pyplot",
+                 "scipy.stats"):
         import_module(name)
 
 
@@ -294,7 +309,8 @@ SURROUNDINGS = { # variables, and what a shell does first
     "a locale without UTF-8": ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, ""),
     "no standard error": ({}, "exec 2>&-;"), "no streams": ({}, "exec 0<&- 1>&- 2>&-;"),
     "no home": ({"HOME": None}, ""), "a folder that is gone": ({}, "mkdir gone; cd gone; rmdir ../gone;"),
-    "a narrow terminal": ({"COLUMNS": "1", "TERM": "dumb"}, ""), "no folder for temporary files": ({"TMPDIR": "/nowhere"}, "")}
+    "a narrow terminal": ({"COLUMNS": "1", "TERM": "dumb"}, ""),
+    "no folder for temporary files": ({"TMPDIR": "/nowhere"}, "")}
 
 
 @pytest.mark.parametrize("where", SURROUNDINGS)
@@ -304,7 +320,8 @@ def test_odd_surroundings(where, tmp_path):
     variables, first = SURROUNDINGS[where]
     env = {k: v for k, v in {**os.environ, "PYTHONPATH": str(ROOT), **variables}.items() if v is not None}
     words = [sys.executable, "-c", CODE, "check", str(user), "--json"]
-    done = subprocess.run(["bash", "-c", f'{first} exec "$@"', "bash", *words], cwd=tmp_path, env=env, capture_output=True)
+    done = subprocess.run(["bash", "-c", f'{first} exec "$@"', "bash", *words], cwd=tmp_path, env=env,
+                          capture_output=True)
     err = done.stderr.decode(errors="replace")
     assert done.returncode in (0, 1, 2) and "Traceback" not in err, err
     if done.returncode < 2 and where != "no streams": strict(done.stdout)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 from PIL import Image
@@ -174,7 +173,8 @@ def test_ctrl_c_during_a_download(slow_server, tmp_path, monkeypatch, capsys):
 
 def test_two_commands_do_not_download_into_one_file(tmp_path):
     (tmp_path/"pets.part").write_bytes(b"of the other")
-    with FileLock(tmp_path/".pets.lock"), pytest.raises(FileExistsError, match="Another command is downloading .*pets: wait"):
+    said = "Another command is downloading .*pets: wait"
+    with FileLock(tmp_path/".pets.lock"), pytest.raises(FileExistsError, match=said):
         fetch("http://localhost:1/pets", tmp_path/"pets", 1000, "md5:0")
     assert (tmp_path/"pets.part").read_bytes() == b"of the other"
 
