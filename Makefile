@@ -15,6 +15,7 @@ SET      ?= # any other settings, as in SET="lr=0.01 guidance=5"
 DEVICE   ?= cpu # of `make bench`: cpu, cuda
 PORT     ?= 8000
 PAPER    ?= # 1: of the paper's pages, for `make outputs`
+MINUTES  ?= 60 # of `make fuzz`
 ARGS     ?= # more for pytest, as in ARGS="-k digits"
 SNAKEMAKE_ARGS ?= # more for snakemake, as in SNAKEMAKE_ARGS="--default-resources slurm_partition=gpu slurm_account=me"
 
@@ -29,7 +30,7 @@ CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
 WORKFLOW = $(RUN) snakemake --profile profiles/$(strip $(ON))
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG)) $(SNAKEMAKE_ARGS)
 
-.PHONY: help env study paper plan provenance tune datasets test test-all check lab docs docs-serve readme outputs cost bench miniature clean
+.PHONY: help env study paper plan provenance tune datasets test test-all fuzz check lab docs docs-serve readme outputs cost bench miniature clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -64,6 +65,9 @@ test: $(STAMP) ## modules, notebooks and the core of the study (about 15 minutes
 test-all: $(STAMP) ## the same, and every job and paper notebook, faults, a model of full size, a SLURM, the site in a browser (an hour on two cores)
 	@bash .ci/extras
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+fuzz: $(STAMP) ## odd folders, settings and words for MINUTES=60: a command ends in a sentence and loses nothing
+	@$(RUN) BRIDGEXFER_FUZZ_MINUTES="$(strip $(MINUTES))" python -m pytest -s -n 0 tests/test_fuzz.py $(ARGS)
 
 check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported, links
 	@$(RUN) python -m pytest tests/test_project.py tests/test_style.py -k "not runs and not readme"

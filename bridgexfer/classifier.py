@@ -52,7 +52,8 @@ def check_kept(folder: Path) -> dict[str, Any]: # its config.json
             raise FileNotFoundError(f"{folder} holds no classifier, because {name} is missing: "
                                     "give the folder that `bridgexfer transfer --out` made.")
     config = read_json(folder/"config.json")
-    if isinstance(config, dict) and config.get("label_names"): return config
+    names = config.get("label_names") if isinstance(config, dict) else None
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names): return config
     raise ValueError(f"{folder}/config.json has no label_names, so its classes have no names: add them, by label.")
 
 # %% ../nbs/apps/01_classifier.ipynb #4a22fae1
@@ -61,9 +62,13 @@ def stored_size(folder: Path,
                ) -> int: # pixels
     "The size at which images were stored before the classifier saw them."
     history = folder/"outcome.json"
-    if history.exists() and (size := read_json(history).get("stored_size")): return size
-    seen = config.get("pretrained_cfg", config)
-    return round(seen["input_size"][-1] / seen.get("crop_pct", 1))
+    try:
+        if history.exists() and (size := read_json(history).get("stored_size")): return round(size)
+        seen = config.get("pretrained_cfg", config)
+        return round(seen["input_size"][-1] / seen.get("crop_pct", 1))
+    except (AttributeError, KeyError, TypeError, IndexError, ArithmeticError):
+        raise ValueError(f"{folder} does not say how large its images were: outcome.json has no number stored_size, "
+                         "and config.json has no input_size.") from None
 
 # %% ../nbs/apps/01_classifier.ipynb #bf47893e
 def open_classifier(folder: str | Path) -> Classifier:
@@ -74,10 +79,12 @@ def open_classifier(folder: str | Path) -> Classifier:
     try: model = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True)
     except (RuntimeError, KeyError, TypeError, AttributeError) as e:
         first = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise ValueError(f"{folder} cannot be opened as a timm model ({first.rstrip(' .:')}).") from None
+        raise ValueError(f"{folder} cannot be opened as a timm model ({first.rstrip(' .:')}): "
+                         "give a folder that `bridgexfer transfer --out` made.") from None
     names = tuple(config["label_names"])
     if len(names) != model.num_classes:
-        raise ValueError(f"{folder}/config.json names {len(names)} classes, and the model has {model.num_classes}.")
+        raise ValueError(f"{folder}/config.json names {len(names)} classes, and the model has {model.num_classes}: "
+                         "correct label_names, or make the classifier again.")
     return Classifier(folder, model.eval(), names, stored_size(folder, config))
 
 # %% ../nbs/apps/01_classifier.ipynb #44f7766f

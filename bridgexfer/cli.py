@@ -6,13 +6,13 @@
 __all__ = ['app', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device', 'Style', 'Profile', 'AsJson', 'Settings', 'KeyValues',
            'Fetch', 'Templates', 'Table', 'Captions', 'Domain', 'Prefix', 'Suffix', 'Negative', 'FromReal', 'Between',
            'Strength', 'Synthetic', 'FeaturesOf', 'Backbones', 'Share', 'Threshold', 'Backbone', 'Given', 'NoImages',
-           'Kept', 'Pictures', 'Top', 'Batch', 'Row', 'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'BUG',
-           'BROKEN_PIPE', 'KEPT', 'key_values', 'check', 'datasets', 'invert', 'generate', 'verify', 'compare', 'leep',
-           'curate', 'transfer', 'predict', 'export', 'plan', 'table', 'provenance', 'repeat_option', 'explain',
+           'Kept', 'Pictures', 'Top', 'Batch', 'Row', 'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'SYSTEM',
+           'BUG', 'BROKEN_PIPE', 'KEPT', 'key_values', 'check', 'datasets', 'invert', 'generate', 'verify', 'compare',
+           'leep', 'curate', 'transfer', 'predict', 'export', 'plan', 'table', 'provenance', 'repeat_option', 'explain',
            'WithoutBars', 'interrupted', 'main']
 
 # %% ../nbs/apps/03_cli.ipynb #373bd560
-import io, json, os, re, shlex, sys, traceback
+import errno, io, json, os, re, shlex, sys, traceback
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Annotated
@@ -472,6 +472,18 @@ def _advice(error: BaseException) -> str | None: # None: the error's own sentenc
     return None
 
 # %% ../nbs/apps/03_cli.ipynb #74950b1b
+SYSTEM = { # code of the operating system -> what to do
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space and run the same command again."),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR), "Check the path."),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Change its permissions, or give another path."),
+    errno.ENAMETOOLONG: "Give a shorter name.", errno.EEXIST: "Give a new name.",
+    errno.EMFILE: "Raise the limit with `ulimit -n` and run the same command again."}
+
+def _of_system(error: OSError) -> str: # one sentence or two
+    "What the operating system says, where, and what to do."
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror}. {SYSTEM.get(error.errno, '')}".strip()
+
 def explain(error: Exception) -> str | None: # one sentence or two; None: no user can cause this
     "What a user has to know of an error."
     kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -480,6 +492,7 @@ def explain(error: Exception) -> str | None: # one sentence or two; None: no use
     if "NonFiniteLoss" in kinds or type(error) is ArithmeticError: return str(error) # of our own
     if kinds.intersection(ENVIRONMENT): return f"{type(error).__name__}: {_first_line(error)}"
     if not isinstance(error, ValueError | OSError): return None
+    if isinstance(error, OSError) and error.strerror: return _of_system(error)
     return " ".join(str(error).split()) or type(error).__name__
 
 # %% ../nbs/apps/03_cli.ipynb #52c95d95
@@ -509,8 +522,16 @@ def _print_anywhere(stream) -> None: # standard output or error
     "Print `?` for a character that the locale lacks."
     if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace") # and not a notebook's
 
+def _open_streams() -> None:
+    "Open what a parent process has closed, so that no file of ours becomes standard output or error."
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3: os.set_inheritable(fd, True)
+    os.close(fd)
+    if sys.stdout is None: sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    if sys.stderr is None: sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
+
 def _run(words: list[str]) -> int: # exit code
     "Run a command, and write all of its output."
+    _open_streams()
     _print_anywhere(sys.stdout)
     _print_anywhere(sys.stderr)
     errors = sys.stderr if sys.stderr.isatty() else WithoutBars(sys.stderr)
@@ -540,7 +561,7 @@ class WithoutBars:
 
 # %% ../nbs/apps/03_cli.ipynb #fa79100b
 KEPT = { # command -> what an interruption leaves; all others only read
-    "generate": "the images of every shard that was complete are kept",
+    "generate": "all images but those of the last minutes are kept",
     "invert": "the state that the token was last saved in is kept",
     "transfer": "synthetic images, finished trainings and the last saved state of the one that was running are kept",
     "verify": "shards that were made again are kept",
@@ -558,6 +579,7 @@ def main(argv: list[str] | None = None) -> int: # exit code
     "Run a command."
     words = sys.argv[1:] if argv is None else argv
     try: code = _run(words)
+    except KeyboardInterrupt: code = 130 # before or after the command proper
     except BrokenPipeError: return _end_quietly()
     except Exception as e: return _report(e)
     if code == 130: print(interrupted(words), file=sys.stderr)

@@ -245,7 +245,8 @@ def _check_images(kind: str, # "real" or "synthetic"
     "Raise an error for images that are not `per_class` of each class."
     if not per_class: return
     if images is None: raise ValueError(f"The pipeline needs {kind} images: generate some and pass them.")
-    if images.names != names: raise ValueError(f"The {kind} images have other classes than the test images.")
+    if images.names != names:
+        raise ValueError(f"The {kind} images have different classes from the test images: give those of one dataset.")
     if len(images) != per_class * len(names):
         raise ValueError(f"The spec asks for {per_class} {kind} images of each class, "
                          f"got {len(images)} of {len(names)} classes.")

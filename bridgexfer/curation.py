@@ -53,7 +53,8 @@ def score_images(images: Images, # of a set
                  kind: str = "single", # of templates
                 ) -> pd.DataFrame: # a row an image: label, probability, similarity, nearest, copied, useless
     "Look at every image of a set once."
-    if images.names != train.names: raise ValueError("The set and the training images have other classes: match them.")
+    if images.names != train.names: raise ValueError("The set and the training images have different "
+                                                         "classes: give a set of the dataset's classes.")
     gone = useless(images)
     good = np.flatnonzero(~gone)
     columns = dict(label=images.labels, probability=0., similarity=-1., nearest=-1, copied=False, useless=gone)
@@ -178,8 +179,8 @@ def summary(curated: CuratedSet, few: int = 5) -> str: # Markdown
     gone = len(scores) - len(curated.rows)
     blank = int(scores.useless.sum())
     fewest = curated.counts.argmin()
-    lines = [f"{len(scores)} images of {len(names)} classes were looked at by a CLIP; {rule} were kept.",
-             f"{len(curated.rows)} are kept and {gone} went, {blank} of them blank or broken; the fewest, "
+    lines = [f"{len(scores)} images of {len(names)} classes were scored by a CLIP; {rule} were kept.",
+             f"{len(curated.rows)} are kept and {gone} were discarded, {blank} of them blank or broken; the fewest, "
              f"{curated.counts[fewest]}, are left of {names[fewest]}.",
              f"{len(found)} are as near to a training image as 1 % of those are to each other."]
     for i in found.index[:few]:

@@ -145,7 +145,7 @@ def _once(pairs: list[tuple[str, str]]) -> dict[str, str]: # the items of a JSON
 def _read_names(path: Path) -> dict[str, str]: # {folder: name}
     remedy = 'write it as {"folder": "class name"}, each folder once'
     try: given = json.loads(path.read_bytes(), object_pairs_hook=_once)
-    except ValueError as e: raise ValueError(f"{path} cannot be read ({e}): {remedy}.") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} cannot be read ({e}): {remedy}.") from None
     if isinstance(given, dict) and all(isinstance(n, str) for n in given.values()): return given
     raise ValueError(f"{path} does not map folders to names: {remedy}.")
 
@@ -239,7 +239,9 @@ def _load_split(where: str, # the folder, for messages
                 size: int, # of the stored images, pixels
                ) -> Images:
     empty = [plain(c) for c, paths in files.items() if not paths]
-    if empty: raise ValueError(f"{where} has no images for {', '.join(empty)}; looked for {' '.join(SUFFIXES)}.")
+    if empty:
+        raise ValueError(f"{where} has no images for {', '.join(empty)}: add some, or remove the class. "
+                         f"Names of images end in {' '.join(SUFFIXES)}.")
     paths = [f for of_class in files.values() for f in of_class]
     labels = np.repeat(np.arange(len(names)), [len(of_class) for of_class in files.values()])
     if size > SMALL: return as_images(file_array(store_files(paths, size)), labels, names)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'FORMATS', 'PIXEL_LIMIT', 'ORIENTATION', 'TURNS', 'SMALL', 'QUALITY', 'FILES', 'TooLarge', 'open_image',
            'orientation', 'in_srgb', 'upright', 'read_image', 'store', 'open_file', 'store_file', 'square',
-           'available_cores', 'decode_into', 'mapped', 'decoded', 'file_array', 'store_files', 'mapped_files', 'Parts',
-           'Images', 'as_images', 'SoftImages']
+           'available_cores', 'workers', 'decode_into', 'mapped', 'decoded', 'file_array', 'store_files',
+           'mapped_files', 'Parts', 'Images', 'as_images', 'SoftImages']
 
 # %% ../nbs/library/01_images.ipynb #4bbac3b8
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -189,6 +189,14 @@ def available_cores() -> int:
     except AttributeError: allotted = os.cpu_count() or 1 # macOS
     return max(1, int(min(allotted, _quota())))
 
+# %% ../nbs/library/01_images.ipynb #717be0db
+@contextmanager
+def workers() -> Iterator[ThreadPoolExecutor]:
+    "A thread for each core; after an error or Ctrl-C they begin nothing new."
+    pool = ThreadPoolExecutor(available_cores())
+    try: yield pool
+    finally: pool.shutdown(cancel_futures=True)
+
 # %% ../nbs/library/01_images.ipynb #dc81888f
 def decode_into(pixels: np.ndarray, # (n, size, size, 3) uint8, which receives them
                 decode: Callable, # item -> (size, size, 3)
@@ -196,7 +204,7 @@ def decode_into(pixels: np.ndarray, # (n, size, size, 3) uint8, which receives t
                 label: str = "Decoding", # of the progress bar, which large sets have
                ) -> np.ndarray: # the same array
     "Decode images on all cores, each to its place, so that nothing is held twice."
-    with ThreadPoolExecutor(available_cores()) as pool:
+    with workers() as pool:
         images = pool.map(decode, items)
         bar = tqdm(images, total=len(items), desc=label, unit="image", disable=len(items) < 500)
         for i, image in enumerate(bar): pixels[i] = image
@@ -242,7 +250,7 @@ def store_files(paths: Sequence[Path], # n image files
                 label: str = "Reading", # of the progress bar, which large sets have
                ) -> Iterator[bytes]: # n image files
     "Image files as they are stored, made on all cores."
-    with ThreadPoolExecutor(available_cores()) as pool:
+    with workers() as pool:
         files = pool.map(lambda path: store_file(path, size), paths)
         yield from tqdm(files, total=len(paths), desc=label, unit="image", disable=len(paths) < 500)
 

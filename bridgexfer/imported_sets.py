@@ -61,7 +61,8 @@ def _rows(path: Path) -> list[dict[str, Any]]: # column -> value
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv": return list(csv.DictReader(io.StringIO(text)))
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (ValueError, csv.Error) as e: raise ValueError(f"{path} cannot be read ({e}): repair it.") from None
+    except (ValueError, RecursionError, csv.Error) as e:
+        raise ValueError(f"{path} cannot be read ({e}): repair it.") from None
     if all(isinstance(row, dict) for row in rows): return rows
     raise ValueError(f"{path} has lines that are not JSON objects: write one object a line.")
 
@@ -102,7 +103,7 @@ def _holds_images(field: pa.Field) -> bool:
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]: # column -> feature
     "What the `datasets` library noted of the columns."
     try: found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-    except (ValueError, KeyError, TypeError): return {}
+    except (ValueError, RecursionError, KeyError, TypeError): return {}
     return {k: f for k, f in found.items() if isinstance(f, dict) and k in schema.names}
 
 def find_columns(schema: pa.Schema, path: Path) -> Columns: # path: for messages
@@ -177,7 +178,7 @@ def _text_label(text: bytes, suffix: str) -> str | None: # suffix: cls, json or 
     except UnicodeDecodeError: return None
     if suffix != "json": return value or None
     try: found = json.loads(value)
-    except ValueError: return None
+    except (ValueError, RecursionError): return None
     return label_of(found) if isinstance(found, dict) else None
 
 # %% ../nbs/library/23_imported_sets.ipynb #f06f3ae9
@@ -220,7 +221,8 @@ def _layouts(folder: Path) -> dict[str, tuple[Callable[[Path], Iterator[Item]], 
 def find_items(folder: Path, # of a set, in any of the four layouts
               ) -> list[Item]: # in the order of the files; labels as names.json calls them
     "The images of a set made elsewhere; a folder that cannot be one is a ValueError or FileNotFoundError."
-    if not folder.is_dir(): raise FileNotFoundError(f"{folder} is no folder: give the one with the synthetic images.")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: give the one with the synthetic images.")
     layouts = _layouts(folder)
     (read, files), *more = layouts.values()
     if more: raise ValueError(f"{folder} holds a set as {' and as '.join(layouts)}: move one of them elsewhere.")
@@ -433,8 +435,12 @@ class ImageSet(Protocol):
 # %% ../nbs/library/23_imported_sets.ipynb #6b69cf7c
 def read_import(folder: Path) -> ImportSpec: # folder: of an imported set
     "What made an imported set."
-    values = read_json(folder/"import.json")["spec"]
-    return ImportSpec(**values | {"names": tuple(values["names"])})
+    path = folder/"import.json"
+    try:
+        values = read_json(path)["spec"]
+        return ImportSpec(**values | {"names": tuple(values["names"])})
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} does not describe an imported set ({e}): delete {folder} and run again.") from None
 
 # %% ../nbs/library/23_imported_sets.ipynb #cdff0b31
 class ImportedSet:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 import torch
@@ -40,7 +41,7 @@ def find_model(model: str, # "miniature", a folder, "id" or "id@revision"
               ) -> Location:
     "Find a pre-trained model in a folder or on the hub."
     what, config = KINDS[kind]
-    folder = PACKAGE/"weights"/kind if str(model) == SHIPPED else Path(model).expanduser()
+    folder = PACKAGE/"weights"/kind if str(model) == SHIPPED else Path(expanduser(model))
     if folder.is_dir():
         if (folder/config).exists(): return Location(folder, None, None)
         raise FileNotFoundError(f"{folder} holds no {what}: it has no {config}. Give a folder that has one.")

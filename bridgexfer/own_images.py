@@ -81,7 +81,7 @@ def own_study(dataset: str, # a folder, or a name of the registry
     unknown = sorted(set(names) - SHIPPED_NAMES)
     if study.offline and unknown and generates:
         raise ValueError(f"The shipped model draws letters and digits and knows no {unknown[0]!r}: "
-                         "take the profile evening, or another model.")
+                         "give --profile evening, or another model with --model.")
     values = {**study.settings.values, "datasets": (str(dataset),)} # its name may have blanks
     return Study(replace(study.settings, values=MappingProxyType(values)))
 

@@ -61,7 +61,7 @@ def _json_rows(text: str, path) -> list[tuple[str, str]]: # class and prompt
     "The pairs of a JSON table."
     remedy = 'write {"class name": ["prompt", ...]}'
     try: pairs = json.loads(text, object_pairs_hook=tuple) # an array is a list
-    except ValueError as e: raise ValueError(f"{path} is not JSON ({e}): {remedy}.") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): {remedy}.") from None
     rows = []
     for name, prompts in pairs if isinstance(pairs, tuple) else [(None, None)]:
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -73,10 +73,12 @@ def _json_rows(text: str, path) -> list[tuple[str, str]]: # class and prompt
 # %% ../nbs/library/03_user_prompts.ipynb #f2efcb26
 def _csv_rows(text: str, path) -> list[tuple[str, str]]: # class and prompt
     "The pairs of a CSV table."
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    if not {"class", "prompt"} <= set(rows.fieldnames or ()):
-        raise ValueError(f"{path} needs the columns class and prompt, it has {', '.join(rows.fieldnames or ['none'])}.")
-    return [(row["class"] or "", row["prompt"] or "") for row in rows]
+    try:
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        columns = rows.fieldnames or []
+        if {"class", "prompt"} <= {*columns}: return [(row["class"] or "", row["prompt"] or "") for row in rows]
+    except csv.Error as e: raise ValueError(f"{path} cannot be read as CSV ({e}): correct or save it again.") from None
+    raise ValueError(f"{path} needs the columns class and prompt, it has {', '.join(columns) or 'none'}.")
 
 # %% ../nbs/library/03_user_prompts.ipynb #8a51da90
 def read_table(path: str | Path, # .json or .csv

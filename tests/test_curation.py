@@ -71,7 +71,8 @@ def test_a_black_image_goes_and_a_copy_is_named(made, data, clip):
     assert row.copied and row.nearest == data.train.rows[33] and row.similarity > 0.9999
     label = data.info.names[kept.scores.label[copy]]
     assert f"image {copy}, {label}: like training image {row.nearest}" in kept.summary()
-    assert "100 images of 10 classes were looked at" in kept.summary() and "1 went, 1 of them blank" in kept.summary()
+    assert "100 images of 10 classes were scored" in kept.summary()
+    assert "1 were discarded, 1 of them blank" in kept.summary()
 
 
 def test_scores_are_made_once_and_lie_beside_the_set(made, data, clip, monkeypatch):

@@ -109,6 +109,48 @@ def test_another_python_does_not_leak_into_make():
     assert Path(seen["PATH"].split(os.pathsep)[0]) == ROOT/".venv/bin"
 
 
+# ---- a few seconds of the smoke profile, wherever it runs
+
+def nobody(): # an account without a name, as in a container
+    os.setgid(54321)
+    os.setuid(54321)
+
+
+def read_only_home(folder):
+    home = folder/"home"
+    home.mkdir(mode=0o555)
+    return {"HOME": str(home)}
+
+
+PLACES = { # variables, from a folder of the test; and what the process does before it starts
+    "C": (no_utf8, None), "Latin-1": (lambda folder: {**no_utf8(folder), "LC_ALL": "en_US.ISO-8859-1"}, None),
+    "no HOME": (lambda folder: {"HOME": ""}, None), "read-only HOME": (read_only_home, None),
+    "no passwd entry": (lambda folder: {"HOME": "/nonexistent"}, nobody), "long TMPDIR": (long_folder, None),
+    "no git": (lambda folder: {"PATH": "/nowhere"}, None), "umask": (lambda folder: {}, lambda: os.umask(0o077)),
+    "one core": (lambda folder: {}, lambda: os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])),
+    "no terminal": (lambda folder: {"TERM": ""}, os.setsid)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+def test_commands_run_anywhere(place, tmp_path):
+    variables, first = PLACES[place]
+    if first is nobody and os.getuid(): pytest.skip("it takes root to become nobody")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **variables(tmp_path)}
+    runs = tmp_path/"my runs"
+    runs.mkdir(mode=0o777)
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent): folder.chmod(0o711) # pytest's are 0700
+    runs.chmod(0o777)
+    code = "import sys; from bridgexfer.cli import main; sys.exit(main())"
+    words = ["generate", "digits", "--profile", "smoke"]
+    for setting in (f"runs={runs}", "images=2", "steps=2"): words += ["--set", setting]
+    for _ in range(2): # made, and found
+        done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, env=env, preexec_fn=first,
+                              encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL, capture_output=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert len(list(runs.rglob("shard-*.parquet"))) == 1 and not list(runs.rglob("*.part"))
+
+
 # ---- what is missing is said before anything starts
 
 @pytest.mark.slow

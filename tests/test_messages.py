@@ -42,7 +42,7 @@ def raises(monkeypatch, error):
     (SafetensorError("Error while deserializing header: HeaderTooLarge"), "HeaderTooLarge"),
     (ModuleNotFoundError("No module named 'onnx'"), "No module named 'onnx'"),
     (TimeoutError(), "TimeoutError"),
-    (OSError(28, "No space left on device", "a.part"), "No space left on device: 'a.part'"),
+    (OSError(28, "No space left on device", "a.part"), "a.part: No space left on device. Free some space"),
     (ValueError("two\nlines"), "two lines")])
 def test_what_a_user_can_cause_is_a_sentence(error, said, monkeypatch, capsys):
     raises(monkeypatch, error)
@@ -199,3 +199,25 @@ def test_a_prompt_that_would_be_cut_is_named(pipe, model, tmp_path):
     with pytest.raises(ValueError, match="would be cut off"): sample(pipe, [long], [0], spec)
     with pytest.raises(ValueError, match="would be cut off"): generate(spec, tmp_path, 2, pipe=pipe, progress=False)
     assert not list(tmp_path.rglob("shard-*"))
+
+
+# ---- the list of all texts
+
+def test_the_list_of_messages_has_every_kind_of_text():
+    done = subprocess.run([sys.executable, ROOT/"docs/messages.py"], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    for text in ("ValueError: {path} is not JSON ({e}): delete it and run again.", # an error, joined from its parts
+                 "_option: seeds, separated by blanks (default: profile's)", # help
+                 "text: Look through a folder of labelled images.", # of a command
+                 "text: was left by a NAS, an archive or a desktop, and is not read.", # a finding
+                 "Fault: the hub has disabled the model"):
+        assert any(line.startswith("- ") and line.endswith(f", {text}") for line in lines), text
+    assert len(lines) > 500 and not [line for line in lines if "The metadata of an image" in line] # a docstring
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (FileNotFoundError(2, "No such file or directory", "a b"), "a b: No such file or directory. Check the path."),
+    (PermissionError(13, "Denied", "a"), "a: Denied. Change its permissions, or give another path."),
+    (OSError(36, "File name too long", "aaa"), "aaa: File name too long. Give a shorter name."),
+    (OSError(5, "Input/output error"), "Input/output error."), (OSError("ours: do this."), "ours: do this.")])
+def test_the_operating_systems_errors_say_where_and_what_to_do(error, said): assert explain(error) == said

@@ -125,4 +125,4 @@ def test_the_command_compares_two_folders(tmp_path, capsys):
     assert main([*line, "--arch", "mini_resnet10"]) == 0
     assert "Fréchet distance" in (out := capsys.readouterr().out) and "backbone mini_resnet10" in out
     assert main(["compare", str(tmp_path/"real"), str(tmp_path/"gone"), "--profile", "smoke"]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err

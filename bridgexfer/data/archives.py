@@ -7,16 +7,18 @@ __all__ = ['OXFORD', 'CALTECH', 'AIRCRAFT', 'CUB', 'PETS', 'DTD', 'FOOD', 'PRINC
            'FLOWERS', 'CALTECH101', 'ARCHIVES', 'AGAIN', 'Listed', 'CALTECH_SEED', 'CALTECH_SHOTS', 'LISTERS',
            'DISK_ERRORS', 'GONE', 'File', 'Archive', 'as_archive', 'how_to_get', 'class_sources', 'class_names',
            'Listing', 'list_archive', 'ArchiveStatus', 'find_archive', 'archive_table', 'archive_text', 'verify',
-           'fetch', 'extract', 'download']
+           'alone', 'fetch', 'extract', 'download']
 
 # %% ../../nbs/data/01_archives.ipynb #1f87fd2d
 import csv, errno, gzip, hashlib, http.client, os, stat, tarfile, tempfile, time, urllib.request, zipfile, zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from ..artefacts import PACKAGE, stable_hash
 
@@ -562,6 +564,34 @@ def _finish(part: Path, path: Path, size: int, checksum: str) -> Path:
         raise
     return part.replace(path)
 
+# %% ../../nbs/data/01_archives.ipynb #aceff39d
+@contextmanager
+def alone(path: Path): # of a download
+    "Hold the lock of a download, which another command may have."
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try: lock.acquire(blocking=False)
+    except Timeout:
+        raise FileExistsError(f"Another command is downloading {path}: wait until it ends, "
+                              "and run this one again.") from None
+    try: yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+# %% ../../nbs/data/01_archives.ipynb #c4f76c44
+def _fetch(url: str, path: Path, size: int, checksum: str, tries: int, wait: float) -> Path: # as for `fetch`
+    "Download a file, alone."
+    part = path.with_name(f"{path.name}.part")
+    for attempt in range(tries):
+        if attempt: time.sleep(wait * 2 ** (attempt - 1))
+        try: _stream(url, part, size)
+        except (OSError, http.client.HTTPException) as e:
+            _stop(e, url, path, checksum)
+            if getattr(e, "code", None) == 416: part.unlink(missing_ok=True) # the source has less than we have
+            error = e
+        else: return _finish(part, path, size, checksum)
+    raise ConnectionError(f"{url} broke off {tries} times ({error}): run the same command again, and it resumes.")
+
 # %% ../../nbs/data/01_archives.ipynb #24cfbc9f
 def fetch(url: str, # http or https
           path: str | Path, # where the file goes
@@ -572,17 +602,8 @@ def fetch(url: str, # http or https
          ) -> Path: # the path again
     "Download a file, resuming where an earlier attempt broke off."
     path = Path(path)
-    part = path.with_name(f"{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(tries):
-        if attempt: time.sleep(wait * 2 ** (attempt - 1))
-        try: _stream(url, part, size)
-        except (OSError, http.client.HTTPException) as e:
-            _stop(e, url, path, checksum)
-            if getattr(e, "code", None) == 416: part.unlink(missing_ok=True) # the source has less than we have
-            error = e
-        else: return _finish(part, path, size, checksum)
-    raise ConnectionError(f"{url} broke off {tries} times ({error}): call again, and it resumes.")
+    with alone(path): return _fetch(url, path, size, checksum, tries, wait)
 
 # %% ../../nbs/data/01_archives.ipynb #0f8a487e
 def _about_tar(m: tarfile.TarInfo) -> tuple[str, int, bool]: # name; bytes; a folder or a plain file

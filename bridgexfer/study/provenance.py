@@ -52,7 +52,8 @@ def find_row(result: str, # a table's name or path, then words of the row; or pa
              figures: str | Path, # folder of tables that are given by name
             ) -> Found:
     "The row of a table that some words mean."
-    table, *words = shlex.split(result) or [""]
+    try: table, *words = shlex.split(result) or [""]
+    except ValueError as e: raise ValueError(f"{result!r} cannot be read ({e}): close the quotation marks.") from None
     at = re.fullmatch(r"(.*\.csv):(\d+)", table)
     path = find_table(at[1] if at else table, figures)
     frame = pd.read_csv(path)
@@ -229,10 +230,11 @@ def show(result: str, # as in `find_row`
         ) -> int: # exit status
     "Print the provenance of a number, or what is wrong with the question."
     table = Path(result.split(" ")[0])
+    of_table = table.parent.name if re.fullmatch(r".*\.csv(:\d+)?", table.name) else ""
     try:
-        study = Study(profile or table.parent.name)
+        study = Study(profile or of_table)
         print(trace(result, study.figures_dir, study.runs_dir))
     except (ValueError, OSError) as e:
-        print(e, file=sys.stderr)
+        print(f"bridgexfer: {e}", file=sys.stderr)
         return 2
     return 0

@@ -93,7 +93,8 @@ def parse_setting(key: str, # decides whether it is a list
         raise ValueError(f"settings.ini: {key} has the source {source!r}; choose one of {', '.join(SOURCES)}.")
     if reason and not source:
         raise ValueError(f"settings.ini: {key} has a reason but no source: write `{key} = {value} | assumed | …`.")
-    if not value and not _is_one_of(key, MAY_BE_EMPTY, ("datasets",)): raise ValueError(f"{key} has no value.")
+    if not value and not _is_one_of(key, MAY_BE_EMPTY, ("datasets",)):
+        raise ValueError(f"{key} has no value: give one.")
     parsed = tuple(parse(key, w) for w in value.split()) if key in LISTS else parse(key, value)
     return Setting(parsed, source or None, reason or None)
 
