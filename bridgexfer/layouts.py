@@ -106,8 +106,9 @@ def layout_info(folder: Path) -> DatasetInfo: # folder: of a dataset
     parts = {s: {i.label for i in layout.items if meant.get(i.split) == s} for s in SPLITS}
     if meant and (differing := plain(", ".join(sorted(parts["train"] ^ parts["test"])))):
         raise ValueError(f"{folder}: train and test differ in the classes {differing}: give both the same ones.")
-    val = "" if "val" not in [SPLIT_OF[w.casefold()] for w, s in meant.items() if s == "test"] else "val is the test part"
-    return info_of(folder, sorted({i.label for i in layout.items}), val if meant else "a fifth held out")
+    tested = {SPLIT_OF[word.casefold()] for word, part in meant.items() if part == "test"}
+    remark = "val is the test part" if "val" in tested else "" if meant else "a fifth held out"
+    return info_of(folder, sorted({i.label for i in layout.items}), remark)
 
 # %% ../nbs/library/26_layouts.ipynb #eade4a9d
 @dataclass(frozen=True, eq=False)
@@ -158,7 +159,8 @@ def read_parts(folder: Path) -> dict[str, Part]: # "train" and "test"
     def part(split):
         at = np.flatnonzero(assigned == split)
         labels = np.array([label[layout.items[i].label] for i in at], np.int64)
-        return Part(tuple(layout.items[i] for i in at), tuple(hashes[i] for i in at), labels, sum(sizes[i] for i in at))
+        items, content = (tuple(column[i] for i in at) for column in (layout.items, hashes))
+        return Part(items, content, labels, sum(sizes[i] for i in at))
     return {s: part(s) for s in SPLITS}
 
 # %% ../nbs/library/26_layouts.ipynb #12c08030
