@@ -207,7 +207,7 @@ def prompt_names(folder: Path, # of the dataset
     "The class names used in prompts: from names.json, WordNet, or else from the folders."
     file = folder/"names.json"
     given = given_names(file, classes)
-    names = [given.get(c) or synset_name(c) or name_of_folder(c) for c in classes]
+    names = [given[c] if c in given else synset_name(c) or name_of_folder(c) for c in classes]
     for c, name in zip(classes, names):
         if not name or plain(name) != name:
             raise ValueError(f"{folder}: the class folder '{plain(c)}' has the name '{plain(name)}', "
@@ -221,11 +221,12 @@ def prompt_names(folder: Path, # of the dataset
 # %% ../nbs/library/04_datasets.ipynb #15ee1ace
 def class_files(top: Path, # where the class folders are
                 folder: Path, # of the dataset
+                strict: bool = True, # a link that leads elsewhere is a ValueError; False leaves it out
                ) -> dict[str, list[Path]]: # class folder: paths, in the order of their names
-    "The image files of each class folder; a link that leads elsewhere is a ValueError."
+    "The image files of each class folder."
     found = {c: [] for c in class_folders(top)}
     for path, kind in walk_folder(top, folder.resolve()):
-        if kind == "link":
+        if kind == "link" and strict:
             raise ValueError(f"{path} is a link to a folder or out of {folder}, and such links are not followed: "
                              f"put a copy in its place, remove it, or put an empty file {FOLLOW} into {folder}.")
         if kind == "image" and path.parent != top: found[path.relative_to(top).parts[0]].append(path)

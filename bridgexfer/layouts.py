@@ -37,10 +37,12 @@ def split_names(words: Iterable[str], # of items, in the dataset's own words; ""
     return {w: "train" if s == "train" or s == "val" and "test" in found else "test" for w, s in meant.items()}
 
 # %% ../nbs/library/26_layouts.ipynb #3a46a133
-def class_items(folder: Path) -> Iterator[Item]: # folder: of a dataset
+def class_items(folder: Path, # of a dataset
+                strict: bool = True, # a link that leads elsewhere is a ValueError; False leaves it out
+               ) -> Iterator[Item]:
     "The images of class folders, with their splits; what is wrong with the folders is a ValueError or OSError."
     for split, top in folder_layout(folder).items():
-        for c, paths in class_files(top, folder).items():
+        for c, paths in class_files(top, folder, strict).items():
             for path in paths: yield Item(c, str(path), path.read_bytes, split)
 
 # %% ../nbs/library/26_layouts.ipynb #9c9ce3f1
@@ -84,12 +86,13 @@ def _sources(folder: Path) -> tuple[str, list[Path]]: # kind, files
 READERS = {"table": metadata_items, "Parquet": parquet_items, "WebDataset": tar_items} # layout -> reader of a file
 
 def find_layout(folder: Path, # of a dataset
+                strict: bool = True, # a link that leads elsewhere is a ValueError; False leaves it out of class folders
                ) -> Layout:
     "The images of a dataset, in any layout; a folder that is none is a ValueError or OSError."
     kind, files = _sources(folder)
     if kind == "class folders":
         parts = {s: "test" if s == "test" else "train" for s in folder_layout(folder) if s}
-        return Layout(kind, (), tuple(class_items(folder)), parts)
+        return Layout(kind, (), tuple(class_items(folder, strict)), parts)
     items = []
     for file in files:
         split = split_of(file.relative_to(folder))

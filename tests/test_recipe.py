@@ -170,7 +170,8 @@ def test_a_rare_class_is_filled_up_with_images_of_the_same_set(folder, tmp_path)
 def test_transfer_takes_the_whole_recipe(folder, tmp_path, capsys):
     options = [f"--set={k}={v}" for k, v in dict(SMALL, runs=tmp_path/"runs", fill=9, flip="no", crop=0.6, rotation=10,
                                                  grey=0.2, balance="weights", metric="mean_per_class").items()]
-    code = main(["transfer", str(folder), "--profile", "miniature", *options, "--out", str(tmp_path/"better"), "--json"])
+    line = ["transfer", str(folder), "--profile", "miniature", *options, "--out", str(tmp_path/"better"), "--json"]
+    code = main(line)
     out, err = capsys.readouterr()
     assert code == 0, err
     spec = read_json(tmp_path/"better"/"outcome.json")["run"]["spec"]

@@ -339,7 +339,7 @@ def check_folder(folder: str | Path, # a dataset's folder
                 ) -> Report:
     "Read every file of a folder once, and list what is wrong. Nothing is moved or deleted."
     folder = Path(folder)
-    layout = find_layout(folder)
+    layout = find_layout(folder, strict=False)
     entries = layout_entries(folder, layout)
     bar = tqdm([e for e in entries if e.labelled],
                desc=f"Checking {plain(folder.name)}", unit="image", disable=not progress, delay=0.5)
