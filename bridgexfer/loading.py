@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEN', 'InputConfig', 'random_boxes', 'crop', 'to_float', 'normalise', 'pixel_box', 'cropped', 'prefetch',
-           'to_device', 'shuffled', 'opened', 'draw_crops', 'train_batches', 'centre_crop', 'eval_batches']
+           'to_device', 'shuffled', 'opened', 'draw_crops', 'turned', 'without_colour', 'train_batches', 'centre_crop',
+           'eval_batches']
 
 # %% ../nbs/library/11_loading.ipynb #7e18bf5a
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from .datasets import Augment
+from torchvision.transforms.v2.functional import rgb_to_grayscale
+from .datasets import Augment, Varied
 from .images import Images, available_cores, open_file
 
 # %% ../nbs/library/11_loading.ipynb #51a8d1ff
@@ -178,7 +180,57 @@ def draw_crops(images: Images, # kept as files
             crops = pool.map(cropped, files, boxes.tolist(), flip.tolist(), repeat(size))
             yield torch.from_numpy(np.stack(list(crops))), labels
 
+# %% ../nbs/library/11_loading.ipynb #89f527e0
+def turned(x: torch.Tensor, # (n, 3, size, size)
+           degrees: torch.Tensor, # (n,) counter-clockwise
+          ) -> torch.Tensor: # (n, 3, size, size), channels last in memory
+    "Each image turned about its centre by its own angle."
+    a = torch.deg2rad(degrees.to(x.device, x.dtype))
+    zero = torch.zeros_like(a)
+    turn = torch.stack([a.cos(), -a.sin(), zero, a.sin(), a.cos(), zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(turn, list(x.shape), align_corners=False)
+    out = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return out.contiguous(memory_format=torch.channels_last)
+
+def without_colour(x: torch.Tensor, # (n, 3, size, size), normalised
+                   mean: tuple[float, ...], # of the backbone's training, per channel
+                   std: tuple[float, ...],
+                  ) -> torch.Tensor: # (n, 3, size, size), normalised
+    "Images in grey."
+    colours = x * _on_device(tuple(std), x.device) + _on_device(tuple(mean), x.device)
+    return normalise(rgb_to_grayscale(colours, num_output_channels=3), mean, std)
+
+# %% ../nbs/library/11_loading.ipynb #5a256c97
+def _vary(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], # (n, 3, size, size) normalised; (n,) labels
+          augment: Varied,
+          config: InputConfig, # of the network
+          seed: int, # of angles and choices
+         ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: # the same shapes
+    "Batches, turned and greyed."
+    rng = torch.Generator().manual_seed(seed)
+    for x, y in batches:
+        degrees = augment.rotation * (2 * torch.rand(len(x), generator=rng) - 1)
+        grey = torch.rand(len(x), generator=rng) < augment.grey
+        if augment.rotation: x = turned(x, degrees)
+        if augment.grey:
+            at = grey.to(x.device)[:, None, None, None]
+            x = torch.where(at, without_colour(x, config.mean, config.std), x)
+        yield x, y
+
 # %% ../nbs/library/11_loading.ipynb #3013c498
+def _cropped_batches(images: Images, order: Sequence[torch.Tensor], config: InputConfig, augment: Augment,
+                     rng: torch.Generator, device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    "One pass over the images, cropped and mirrored."
+    size, mean, std = config
+    if images.are_files:
+        for crops, labels in to_device(draw_crops(images, order, size, augment, rng), device):
+            yield normalise(to_float(crops, device), mean, std), labels
+        return
+    small = ((torch.from_numpy(pixels), *rest) for pixels, *rest in _draw(images, order, augment, rng))
+    for pixels, labels, boxes, flip in to_device(small, device):
+        yield normalise(crop(to_float(pixels, device), boxes, flip, size), mean, std), labels
+
+# %% ../nbs/library/11_loading.ipynb #cc42803f
 def train_batches(images: Images, # what to train on
                   batch: int, # images a batch, at most
                   config: InputConfig, # of the network
@@ -188,15 +240,10 @@ def train_batches(images: Images, # what to train on
                   order: Sequence[torch.Tensor] | None = None, # rows of each batch; None: all images, shuffled
                  ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: # (n, 3, size, size) float32; (n,) int64
     "One shuffled, augmented pass over the images."
-    size, mean, std = config
     if order is None: order = shuffled(len(images), batch, rng)
-    if images.are_files:
-        for crops, labels in to_device(draw_crops(images, order, size, augment, rng), device):
-            yield normalise(to_float(crops, device), mean, std), labels
-        return
-    small = ((torch.from_numpy(pixels), *rest) for pixels, *rest in _draw(images, order, augment, rng))
-    for pixels, labels, boxes, flip in to_device(small, device):
-        yield normalise(crop(to_float(pixels, device), boxes, flip, size), mean, std), labels
+    if not isinstance(augment, Varied): return _cropped_batches(images, order, config, augment, rng, device)
+    seed = int(torch.randint(2**62, (), generator=rng))
+    return _vary(_cropped_batches(images, order, config, augment, rng, device), augment, config, seed)
 
 # %% ../nbs/library/11_loading.ipynb #d4015d4d
 def _centres(images: Images, # kept as pixels

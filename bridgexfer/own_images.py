@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PIPELINES_COMPARED', 'OURS', 'VERDICTS', 'CARD', 'warn_of_names', 'user_ini', 'own_study', 'own_runs', 'own_token',
-           'own_set', 'check_classes', 'given_set', 'own_images', 'run_own', 'own_choice', 'own_choices', 'Outcome',
-           'own_table', 'own_difference', 'own_model', 'compare_own', 'confusion', 'hardest', 'draw_confusion',
-           'timm_config', 'history', 'accuracy_lines', 'card_data', 'training_lines', 'model_card', 'write_outcome',
-           'save_outcome']
+           'own_set', 'check_classes', 'given_set', 'own_filled', 'own_images', 'run_own', 'own_choice', 'own_choices',
+           'Outcome', 'own_table', 'own_difference', 'own_model', 'compare_own', 'confusion', 'hardest',
+           'draw_confusion', 'timm_config', 'history', 'accuracy_lines', 'card_data', 'training_lines', 'model_card',
+           'write_outcome', 'save_outcome']
 
 # %% ../nbs/apps/00_own_images.ipynb #b48c2624
 import json
@@ -27,6 +27,7 @@ from .artefacts import digest, spec_hash, write_json
 from .backbones import input_config
 from .data.registry import dataset_folder, dataset_info
 from .datasets import Dataset
+from .filling import FilledSet, fill_counts, filled_images
 from .finetune import NonFiniteLoss
 from .images import SMALL, Images
 from .imported_sets import ImageSet, ImportedSet, open_set
@@ -145,6 +146,20 @@ def given_set(study: Study, # of `own_study`
     check_classes(found, data)
     return found
 
+# %% ../nbs/apps/00_own_images.ipynb #2ee5d6c1
+def own_filled(study: Study, # of `own_study`
+               data: Dataset, # whose training images are counted
+               run: Run,
+               device: str = "cpu",
+               given: ImageSet | None = None, # a set to use instead of the profile's
+              ) -> tuple[str, Images]: # hash of the filled set, and its images
+    "The synthetic images of a run, more of classes with few real images."
+    real = np.bincount(data.train.labels, minlength=len(data.info.names))
+    counts = fill_counts(real, run.per_class, study.settings.fill)
+    made = given or own_set(study, data, replace(run, per_class=int(counts.max())), device)
+    filled = FilledSet(made, counts)
+    return spec_hash(filled.spec), filled_images(filled)
+
 # %% ../nbs/apps/00_own_images.ipynb #0d1c3460
 def own_images(study: Study, # of `own_study`
                data: Dataset,
@@ -155,6 +170,7 @@ def own_images(study: Study, # of `own_study`
     "The synthetic images of a run, found or made."
     if not run.uses: return "", None
     if given: check_classes(given, data)
+    if study.settings.fill: return own_filled(study, data, run, device, given)
     made = given or own_set(study, data, run, device)
     return spec_hash(made.spec), made.images(run.per_class)
 

@@ -300,10 +300,10 @@ def test_a_class_may_be_called_train(unsplit):
 
 
 def test_half_a_split_and_other_words_for_it_are_named(folder):
-    (folder/"test").rename(folder/"val")
+    (folder/"test").rename(folder/"Testing")
     with pytest.raises(FileNotFoundError, match="test is missing"): dataset_info(str(folder))
     (folder/"train").rename(folder/"Training")
-    with pytest.raises(ValueError, match="Training, val and no classes"): dataset_info(str(folder))
+    with pytest.raises(ValueError, match="Testing, Training and no classes"): dataset_info(str(folder))
     (folder/"empty").mkdir()
     with pytest.raises(ValueError, match="holds no class folders"): dataset_info(str(folder/"empty"))
     with pytest.raises(ValueError, match="holds no class folders"): check_folder(folder/"empty")
@@ -478,7 +478,7 @@ def test_lone_and_missing_classes(folder):
 
 
 def test_files_outside_the_classes_are_reported(folder):
-    save(folder/"val"/"owl"/"0.png", noise(70))
+    save(folder/"spare"/"owl"/"0.png", noise(70))
     save(folder/"train"/"loose.png", noise(71))
     save(folder/"train"/"owl"/"left.jfif", noise(72), format="JPEG")
     save(folder/"train"/"owl"/"no suffix", noise(73), format="PNG")
@@ -488,7 +488,7 @@ def test_files_outside_the_classes_are_reported(folder):
     (folder/"train"/"owl"/"._0.png").write_bytes(b"macOS")
     (folder/"README").write_text("mine")
     save(folder/"train"/"owl"/"deeper"/"0.PNG", noise(76))
-    not_read = {"val/owl/0.png", "train/loose.png", "train/owl/no suffix", "train/.hidden", "train/owl/.a.png"}
+    not_read = {"spare/owl/0.png", "train/loose.png", "train/owl/no suffix", "train/.hidden", "train/owl/.a.png"}
     ignored = {"train/.cache", "train/owl/._0.png", "README"}
     assert found(folder) == {("not read", f) for f in not_read} | {("ignored", f) for f in ignored}
     assert len(load_dataset(str(folder)).train) == 8 == check_folder(folder).counts["train"].sum() # .jfif is JPEG
@@ -509,7 +509,7 @@ def test_what_systems_leave_is_ignored_and_counted(folder, name, where):
     assert data.info.names == ("owl", "red fox") and len(data.train) == 6 and check_folder(folder).ok
 
 
-@pytest.mark.parametrize("name", ["0", "12", "n01440764", "class_7", "Label-3", "3f2a9c01de"])
+@pytest.mark.parametrize("name", ["0", "12", "n99999999", "class_7", "Label-3", "3f2a9c01de"])
 def test_classes_that_name_nothing_are_a_warning(folder, name):
     for split in ("train", "test"): (folder/split/"owl").rename(folder/split/name)
     report = check_folder(folder)

@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 from ..artefacts import stable_hash
 from ..images import SMALL, Images, as_images, decoded, file_array, mapped_files, store, store_files
-from ..datasets import Dataset, DatasetInfo, folder_files, folder_info, load_folder
+from ..datasets import Dataset, DatasetInfo
+from ..layouts import layout_info, load_layout, read_parts
 from .archives import ARCHIVES, class_names, list_archive
 from .targets import TARGETS, load_target
 
@@ -27,7 +28,8 @@ def dataset_folder(name: str, # a name of the registry, or a folder
     if known not in TARGETS and known not in TEN:
         if Path(name).is_dir(): return Path(name)
         raise ValueError(f"Unknown dataset {name!r}: choose {', '.join([*TARGETS, *TEN])}, "
-                         "or give a folder that holds <class>/ or train/<class>/ and test/<class>/.")
+                         "or give a folder that holds <class>/, or train/<class>/ and test/<class>/, or a table, "
+                         "Parquet or .tar files.")
     if known == name and Path(name).is_dir():
         raise ValueError(f"{name!r} is a dataset of the registry and a folder in {Path.cwd()}: give ./{name} for the "
                          f"folder's images, or {REGISTRY}{name} for the dataset.")
@@ -41,14 +43,14 @@ def _own_name(info: DatasetInfo) -> DatasetInfo:
 def dataset_info(name: str, # a name of the registry, or a folder
                 ) -> DatasetInfo:
     "What is known of a dataset without reading its images."
-    if folder := dataset_folder(name): return _own_name(folder_info(folder))
+    if folder := dataset_folder(name): return _own_name(layout_info(folder))
     known = name.removeprefix(REGISTRY)
     return TARGETS[known] if known in TARGETS else TEN[known]
 
 def train_size(name: str, # a name of the registry, or a folder
               ) -> int:
     "How many training images a dataset has, read or not."
-    return dataset_info(name).counts[0] or sum(map(len, folder_files(Path(name))["train"].values()))
+    return dataset_info(name).counts[0] or len(read_parts(Path(name))["train"].items)
 
 # %% ../../nbs/data/02_registry.ipynb #72d9a46d
 READING = 2 # of image files: raise it when the same file would be read as other pixels
@@ -82,11 +84,11 @@ def _as_files(images: Images, size: int) -> Images:
 
 def load_dataset(name: str, # a name of the registry, or a folder
                  size: int = 32, # of the stored images, pixels: of squares, or from 65 on of the shorter side, at most
-                 root: str | Path = "data", # where the archives of the paper's ten are
+                 root: str | Path = "data", # where the archives of the paper's ten are, and what is decoded is kept
                 ) -> Dataset:
     "Train and test of a dataset."
     info = dataset_info(name)
-    if folder := dataset_folder(name): return Dataset(info, *load_folder(folder, size))
+    if folder := dataset_folder(name): return Dataset(info, *load_layout(folder, size, root))
     if info.name in TEN: return Dataset(info, *_load_archive(info.name, size, Path(root)))
     train, test = load_target(info.name, size)
     if size <= SMALL: return Dataset(info, train, test)

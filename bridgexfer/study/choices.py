@@ -98,6 +98,8 @@ FINE_TUNING = (
     Choice("the same for glyphs", "datasets:GLYPHS", "assumed", "a glyph that is mirrored or cut may be another one"),
     Choice("the same with fixed features", "fixed_features:PLAIN", "assumed", "not stated; features are computed once"),
     Choice("evaluation: share of the shorter side", "loading:SEEN", "assumed", "not stated; as usual for ImageNet"),
+    Choice("how classes are weighted", "finetune:balance_weights", "assumed",
+           "where `balance` asks for it; a class's images together count as those of any other"),
     Choice("λ of mixup", "finetune:mix", "assumed", "not stated; a batch is blended at once, as mixup's authors do"),
     Choice("precision of training", "evaluation:autocast", "assumed",
            "not stated; it rounds, and changes nothing else; weights and optimiser are float32"),
@@ -156,6 +158,9 @@ DATA = (
     Choice("Caltech101's training images", "data.archives:CALTECH_SHOTS", "paper",
            "of each of 101 classes: the 3,030 of Table 4"),
     Choice("how greek is scanned", "data.targets:SCAN", "assumed", "ours: grey ink on grey paper, blurred"),
+    Choice("order of a folder's images", "layouts:Part.order", "assumed",
+           "so that no layout and no name changes what a seed draws", lambda p: as_text(p.fget)),
+    Choice("how a class is filled up", "filling:fill_counts", "assumed", "ours; where `fill` asks for it"),
     Choice("fonts of greek", "data.targets:HELD_OUT_FONTS", "assumed", "ours: no shipped model has seen them"),
 )
 
@@ -241,8 +246,10 @@ def defaults() -> list[str]: # as in `look_up`
 
 # %% ../../nbs/study/10_choices.ipynb #803e09e7
 FROM_SETTINGS = { # pattern -> the setting, or settings, that the study gives instead
-    "finetune:FinetuneSpec.batch": "batch vit_batch", "finetune:FinetuneSpec.momentum": "momentum",
-    "finetune:FinetuneSpec.weight_decay": "weight_decay vit_weight_decay", "finetune:FinetuneSpec.mixup": "mixup",
+    **{f"finetune:{spec}.{field}": keys for spec in ("FinetuneSpec", "BalancedSpec") for field, keys in {
+        "batch": "batch vit_batch", "momentum": "momentum", "weight_decay": "weight_decay vit_weight_decay",
+        "mixup": "mixup"}.items()},
+    "finetune:BalancedSpec.balance": "balance",
     **{f"transfer:{spec}.guidance": "guidance" for spec in ("TransferSpec", "MixedSpec")},
     **{f"transfer:{spec}.repeats": "repeats few_repeats" for spec in ("TransferSpec", "MixedSpec")},
     **{f"generation:SynthesisSpec.{k}": k
@@ -265,7 +272,7 @@ NO_RESULT = { # pattern -> why no result depends on it
     "alignment:AlignmentSpec.points": "points of a figure", "generation:SynthesisSpec.shard": "images in a file",
     "*Spec.version": "it counts changes of a method", "*_VERSION": "it counts changes of a method",
     **{f"*:{name}": "what can be chosen" for name in (
-        "FORMATS", "TOKENS", "PRECISIONS", "AUTOCAST", "METRICS", "FIXED_PIPELINES", "VERDICTS")},
+        "BALANCES", "FORMATS", "TOKENS", "PRECISIONS", "AUTOCAST", "METRICS", "FIXED_PIPELINES", "VERDICTS")},
     "generation:AT_ONCE": "what fits in memory",
     "generation:BETWEEN": "a word of a spec",
     "statistics:FALSE_VERDICTS": "what a simulation found",
@@ -281,8 +288,9 @@ NO_RESULT |= {
     "datasets:LITTER": "files that are no images of a dataset", "datasets:FOLLOW": "a file's name",
     "synthetic_sets:*": "files and words",
     **{f"imported_sets:{name}": "files, columns and where images came from" for name in (
-        "METADATA", "LABELS", "ImportSpec.source", "ImportSpec.order")},
-    "curation:PNG": "how files begin",
+        "METADATA", "FILE_COLUMNS", "LABELS", "ImportSpec.source", "ImportSpec.order")},
+    "layouts:READERS": "what reads a layout", "layouts:MAPPED_FROM": "where equal images are kept",
+    "layouts:READING": "it counts changes of a method", "curation:PNG": "how files begin",
     "data.check:*": "findings about folders", "data.registry:*": "names, classes and metrics, from Table 4",
     "data.targets:TARGETS": "names and classes",
     **{f"data.archives:{name}": "addresses, files and messages" for name in (

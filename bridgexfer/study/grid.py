@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SWEEPS', 'FROM_REAL', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES', 'LISTED', 'MESSAGES', 'PAGES', 'Profile',
-           'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'Sets', 'subset', 'strength', 'Specs', 'SetSpecs',
-           'web_images', 'Runs', 'Trainings', 'Choices', 'RunSpecs', 'Tuning', 'is_resource', 'decides', 'Job',
-           'contents', 'patterns', 'set_jobs', 'set_manifests', 'sweep_jobs', 'other_jobs', 'Page', 'page_of',
+           'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'Sets', 'subset', 'strength', 'recipe_of', 'Specs',
+           'SetSpecs', 'web_images', 'Runs', 'Trainings', 'Choices', 'RunSpecs', 'Tuning', 'is_resource', 'decides',
+           'Job', 'contents', 'patterns', 'set_jobs', 'set_manifests', 'sweep_jobs', 'other_jobs', 'Page', 'page_of',
            'Results', 'Study', 'near', 'command', 'job_command', 'page_command', 'resources', 'state', 'job_state',
            'page_state', 'gather']
 
@@ -17,15 +17,15 @@ import re
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 from ..artefacts import PACKAGE, code_hash, digest, read_json, spec_hash, stable_hash
 from ..backbones import is_vit
 from ..data.registry import dataset_info, load_dataset
-from ..datasets import Dataset, few_shot, hold_out
-from ..finetune import FinetuneSpec
+from ..datasets import Dataset, DatasetInfo, few_shot, hold_out, with_recipe
+from ..finetune import BalancedSpec, FinetuneSpec
 from ..generation import BETWEEN, BETWEEN_STRENGTH, STRENGTHS, SynthesisSpec, synthesis_spec
 from ..images import Images, as_images
 from ..miniature.typeset import WEB, corpus
@@ -256,6 +256,13 @@ def strength(shots: int, # 0 is all
     "Real Guidance's strength: He et al.'s for the nearest number of shots below that they give one for."
     return STRENGTHS[max(k for k in STRENGTHS if k <= (shots or max(STRENGTHS)))]
 
+# %% ../../nbs/study/02_grid.ipynb #75af0ea8
+def recipe_of(s: Settings, info: DatasetInfo) -> DatasetInfo: # the same object where the settings say "dataset"
+    "A dataset's metadata with the augmentation and the metric of the settings; a share out of range is a ValueError."
+    flip = None if s.flip == "dataset" else s.flip == "yes"
+    crop, metric = (None if v == "dataset" else v for v in (s.crop, s.metric))
+    return with_recipe(info, flip, crop, s.rotation, s.grey, metric)
+
 # %% ../../nbs/study/02_grid.ipynb #76e24a3e
 class Specs(Sets):
     "The specs of a profile's runs and sets."
@@ -266,8 +273,9 @@ class Specs(Sets):
         return name if find_model(name)[0] else f"{name}@{self.settings.revision}"
 
     def load(self, dataset: str) -> Dataset:
-        "A dataset, at the profile's stored size."
-        return load_dataset(dataset, self.settings.stored_size, self.data_dir)
+        "A dataset, at the profile's stored size, with the profile's recipe."
+        data = load_dataset(dataset, self.settings.stored_size, self.data_dir)
+        return replace(data, info=recipe_of(self.settings, data.info))
 
     def inversion(self, data: Dataset, kind: str, shots: int, seed: int) -> InversionSpec: # kind: "style" or "class"
         "The learned token of a dataset's style, or those of its classes."
@@ -416,7 +424,11 @@ class Choices(Trainings):
         ratio = run.per_class * classes / (run.shots * classes or len(data.train))
         length = int(bridge["stage1_epochs"])
         epochs = self.epochs(run, values, length, ratio)
-        return FinetuneSpec(bridge["stage1_lr"], length, **how), FinetuneSpec(values["lr"], epochs, **how)
+        kind = FinetuneSpec if s.balance == "none" else partial(BalancedSpec, balance=s.balance)
+        if kind is not FinetuneSpec and pipeline(run.pipeline).mixing:
+            raise ValueError(f"balance = {s.balance} does not go with {run.pipeline}, which weighs images itself: "
+                             "set balance = none, or take other pipelines.")
+        return FinetuneSpec(bridge["stage1_lr"], length, **how), kind(values["lr"], epochs, **how)
 
 # %% ../../nbs/study/02_grid.ipynb #d1e42775
 class RunSpecs(Choices):
