@@ -197,7 +197,8 @@ def _check_filled(part: Part, split: str, folder: Path, classes: list[str], held
     if counts.all(): return
     empty = ", ".join(plain(c) for c, n in zip(classes, counts) if not n)
     where = f"The {split} part of {folder} (a class needs two different images)" if held_out else f"{folder}/{split}"
-    raise ValueError(f"{where} has no images for {empty}; looked for {' '.join(SUFFIXES)}.")
+    raise ValueError(f"{where} has no images for {empty}: add some, or remove the class. "
+                     f"Names of images end in {' '.join(SUFFIXES)}.")
 
 def load_layout(folder: Path, # of a dataset, in any layout
                 size: int, # of the stored images, pixels: of squares, or from 65 on of the shorter side, at most
