@@ -6,9 +6,9 @@
 __all__ = ['app', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device', 'Style', 'Profile', 'AsJson', 'Settings', 'KeyValues',
            'Fetch', 'Templates', 'Table', 'Captions', 'Domain', 'Prefix', 'Suffix', 'Negative', 'FromReal', 'Between',
            'Strength', 'Synthetic', 'FeaturesOf', 'Backbones', 'Share', 'Threshold', 'Backbone', 'Given', 'NoImages',
-           'Kept', 'Pictures', 'Top', 'Batch', 'Row', 'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'BUG',
-           'BROKEN_PIPE', 'KEPT', 'key_values', 'check', 'datasets', 'invert', 'generate', 'verify', 'compare', 'leep',
-           'curate', 'transfer', 'predict', 'export', 'plan', 'table', 'provenance', 'repeat_option', 'explain',
+           'Hours', 'Kept', 'Pictures', 'Top', 'Batch', 'Row', 'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT',
+           'BUG', 'BROKEN_PIPE', 'KEPT', 'key_values', 'check', 'datasets', 'invert', 'generate', 'verify', 'compare',
+           'leep', 'curate', 'transfer', 'predict', 'export', 'plan', 'table', 'provenance', 'repeat_option', 'explain',
            'WithoutBars', 'interrupted', 'main']
 
 # %% ../nbs/apps/03_cli.ipynb #373bd560
@@ -37,7 +37,7 @@ Seeds = Annotated[str | None, _option('"0 1 2"', "seeds, separated by blanks (de
 Model = Annotated[str | None, _option("MODEL", "text-to-image model, a folder or id of diffusers (default: profile's)")]
 Device = Annotated[str | None, _option("DEVICE", "cpu, cuda or cuda:1 (default: cuda where there is one)")]
 Style = Annotated[bool, _flag("--style", "in the dataset's learned style; the token is learned first if need be")]
-Profile = Annotated[str | None, _option("NAME", "such as evening, the default outside of a clone, or miniature")]
+Profile = Annotated[str | None, _option("NAME", "such as evening, the default outside of a clone")]
 AsJson = Annotated[bool, _flag("--json", "print one JSON value")]
 
 # %% ../nbs/apps/03_cli.ipynb #38c4d503
@@ -321,6 +321,22 @@ def _page(outcome, study, folder: Path, images: bool, style: bool, given, device
     of_set = given.folder if given else study.runs_dir/"synthetic"/name
     return own_report(outcome, study.runs_dir, folder, synthetic, of_set, images)
 
+# %% ../nbs/apps/03_cli.ipynb #4608adbb
+def _fixed(dataset: str, profile: str | None, words: list[str] | None, **options) -> frozenset[str]:
+    "The settings that the user has given."
+    from bridgexfer.own_images import user_ini
+    from bridgexfer.study.settings import user_settings
+    file = user_ini(dataset)
+    written = user_settings(file, profile) if file else {}
+    return frozenset({*key_values(words), *written, *(k for k, v in options.items() if v is not None)})
+
+# %% ../nbs/apps/03_cli.ipynb #bc16c081
+def _budget(study, data, arch: str, hours: float, fixed: frozenset[str], style: bool, given, device: str):
+    "A profile with the amounts that fit into the hours, and their clock."
+    from bridgexfer.budget import begin_budget
+    if style: raise ValueError("--hours does not plan for learning a style: give it without --style.")
+    return begin_budget(study, data, arch, hours, device, given, fixed)
+
 # %% ../nbs/apps/03_cli.ipynb #76494a00
 def _warn_of_cpu(study, device: str) -> None:
     "Say that a profile for a GPU runs without one."
@@ -335,12 +351,14 @@ Given = Annotated[str | None, _option(
     "FOLDER", "use these images and generate none: a set of ours, or class folders, an image folder with metadata, "
     "Parquet or WebDataset files, from any generator")]
 NoImages = Annotated[bool, _flag("--no-images", "leave your images out of report.html")]
+Hours = Annotated[float | None, _option(
+    "H", "measure this machine, and choose images, seeds and epochs so that all ends within H hours")]
 
 @app.command()
 def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model: Model = None,
              settings: Settings = None, device: Device = None, arch: Backbone = None,
              out: Annotated[str, _option("FOLDER", "a new folder for the classifier")] = "better",
-             style: Style = False, synthetic: Given = None, no_images: NoImages = False,
+             style: Style = False, synthetic: Given = None, no_images: NoImages = False, hours: Hours = None,
              profile: Profile = None, as_json: AsJson = False) -> int:
     "Fine-tune with and without synthetic images, compare on the test images, keep the better classifier."
     from bridgexfer.data.check import check_folder
@@ -357,7 +375,11 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     data = study.load(dataset)
     how = dict(style=style, given=given, device=device)
     arch = arch or study.archs[0]
-    outcome = compare_own(study, data, arch, _chosen(study, data, arch, **how), **how)
+    before = None
+    if hours is not None:
+        fixed = _fixed(dataset, profile, settings, images=images, seeds=seeds)
+        study, before = _budget(study, data, arch, hours, fixed, **how)
+    outcome = compare_own(study, data, arch, _chosen(study, data, arch, before=before, **how), before=before, **how)
     page = _page(outcome, study, folder, images=not no_images, **how)
     save_outcome(outcome, study, folder, {"report.html": page})
     return _answer(0, *_result(outcome, folder), as_json)
