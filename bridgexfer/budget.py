@@ -257,7 +257,8 @@ def budget_text(study: Study, # with its amounts
                 tests: int, # test images
                ) -> str: # two sentences
     "What was chosen, and what it can show."
-    s, n = study.settings, len(study.settings.seeds)
+    s = study.settings
+    n = len(s.seeds)
     words = {"generate": "generated", "transfer": "trained on"}
     speeds = [f"{r.per_second:,.3g} images/s {words[r.job]}" for r in rates.rates]
     stage1 = " or ".join(map(str, s.stage1_epochs))

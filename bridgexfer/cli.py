@@ -344,7 +344,7 @@ def _warn_of_cpu(study, device: str) -> None:
     print(f"Warning: the profile {study.settings.profile} is made for a GPU, and on a CPU it may take weeks.",
           file=sys.stderr)
 
-# %% ../nbs/apps/03_cli.ipynb #49ba4d49
+# %% ../nbs/apps/03_cli.ipynb #a6ec1d6d
 Backbone = Annotated[str | None, _option(
     "NAME", "the backbone: a name of bridgexfer or of timm (default: profile's first)")]
 Given = Annotated[str | None, _option(
@@ -354,6 +354,7 @@ NoImages = Annotated[bool, _flag("--no-images", "leave your images out of report
 Hours = Annotated[float | None, _option(
     "H", "measure this machine, and choose images, seeds and epochs so that all ends within H hours")]
 
+# %% ../nbs/apps/03_cli.ipynb #49ba4d49
 @app.command()
 def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model: Model = None,
              settings: Settings = None, device: Device = None, arch: Backbone = None,
