@@ -1,5 +1,7 @@
 """Where commands run: other locales, another Python's variables, no home, long paths; and jobs that are killed."""
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -107,6 +109,25 @@ def test_another_python_does_not_leak_into_make():
     assert not [k for k, v in foreign.items() if seen.get(k) == v]
     assert seen["PYTHONPATH"] == str(ROOT) and seen["PYTHONUTF8"] == "1"
     assert Path(seen["PATH"].split(os.pathsep)[0]) == ROOT/".venv/bin"
+
+
+def test_a_path_with_blanks_reaches_the_jobs_whole(tmp_path):
+    words = ["paper", "PROFILE=smoke", "SEEDS=0", f"SET=runs='{tmp_path}/my runs'", "SNAKEMAKE_ARGS=-n -p"]
+    done = subprocess.run([*MAKE, *words], cwd=ROOT, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout[-3000:]
+    lines = re.findall(r"^Shell command: (papermill .*/generate\.ipynb.*)$", done.stdout, re.M)
+    assert lines and all(any(w.startswith(f"{tmp_path}/my runs/") for w in shlex.split(line)) for line in lines)
+
+
+@pytest.mark.slow
+def test_a_job_runs_in_a_folder_with_blanks(tmp_path):
+    made = tmp_path/"my runs"/"smoke/generate/single-digits.json"
+    words = [Path(sys.executable).with_name("snakemake"), "--profile", "profiles/local", made,
+             "--config", "profile=smoke", "seeds=0", "images=2", f"runs={tmp_path}/my runs"]
+    env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    done = subprocess.run(words, cwd=ROOT, env=env, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0 and made.exists(), done.stdout[-3000:]
+    assert list(tmp_path.rglob("shard-*.parquet")) and os.listdir(tmp_path) == ["my runs"]
 
 
 # ---- a few seconds of the smoke profile, wherever it runs
