@@ -92,7 +92,7 @@ def _rows(table) -> list[dict]: # table: a DataFrame; what it lacks is null
 
 # %% ../nbs/apps/04_cli.ipynb #a5d89b13
 @app.command()
-def check(folder: Annotated[str, _argument("FOLDER", "train/<class>/ and test/<class>/, or <class>/ alone")],
+def check(folder: Annotated[str, _argument("FOLDER", "class folders, split or not; or a table, Parquet or .tar files")],
           every: Annotated[bool, _flag("--all", "list every file, not the first three of each kind")] = False,
           csv: Annotated[str | None, _option("FILE", "write the findings as a table as well")] = None,
           as_json: AsJson = False) -> int:

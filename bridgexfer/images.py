@@ -274,7 +274,9 @@ def _batches(files: Iterable[bytes],
             ) -> Iterator[pa.RecordBatch]:
     "Image files as Arrow writes them."
     files = iter(files)
-    while some := list(islice(files, count)): yield pa.record_batch([pa.array(some, pa.large_binary())], FILES)
+    while some := list(islice(files, count)):
+        yield pa.record_batch([pa.array(some, pa.large_binary())], FILES)
+        del some # before the next are read
 
 def mapped_files(path: Path, # a file that keeps them
                  make: Callable[[], Iterable[bytes]], # image files; called if there is no such file yet

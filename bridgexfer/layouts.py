@@ -131,7 +131,8 @@ class Part:
 def _assigned(layout: Layout, hashes: list[str]) -> list[str]: # "train" or "test", for each item
     "The part of each item."
     if layout.parts: return [layout.parts[i.split] for i in layout.items]
-    of_class, parts = {}, [""] * len(hashes)
+    of_class = {}
+    parts = [""] * len(hashes)
     for at, item in enumerate(layout.items): of_class.setdefault(item.label, []).append(at)
     for rows in of_class.values():
         for at, part in zip(rows, split_by_content(int(hashes[at][:16], 16) for at in rows)): parts[at] = part
