@@ -7,21 +7,23 @@ __all__ = ['SCHEDULERS', 'FORMATS', 'SYNTHESIS_VERSION', 'BETWEEN', 'AT_ONCE', '
            'check_choice', 'check_whole', 'check_texts', 'check_classes', 'check_guidance', 'check_prompts',
            'check_spec', 'as_texts', 'one_spelling', 'SynthesisSpec', 'synthesis_spec', 'Row', 'sentences_of',
            'negative_of', 'plan', 'make_scheduler', 'embed', 'check_images', 'decode', 'resized', 'encode',
-           'latent_noise', 'begin', 'predict_noise', 'denoise', 'takes_loop', 'call_pipeline', 'check_lengths',
-           'check_request', 'sample']
+           'latent_noise', 'begin', 'predict_noise', 'denoise', 'takes_loop', 'share_of', 'from_images', 'copies',
+           'call_pipeline', 'check_lengths', 'size_unit', 'check_family', 'check_start', 'check_model', 'check_request',
+           'sample']
 
 # %% ../nbs/library/07_generation.ipynb #0484ca18
 import copy, inspect
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from math import inf
-from typing import TYPE_CHECKING, NamedTuple
+from math import ceil, inf, nextafter
+from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
 from .artefacts import stable_hash, unhashed
-from .models import PRECISIONS, find_weights
+from .models import OFFLOADS, PRECISIONS, Family, family_of, find_weights, runs_on
+from .models import why_no_tokens, why_not_from_images, why_not_guided
 from .prompts import templates
 from .user_prompts import UserPrompts
 if TYPE_CHECKING: import diffusers # imported inside functions: programs that make no images do not wait for it
@@ -109,9 +111,10 @@ def check_spec(spec: "SynthesisSpec") -> None:
     check_choice("scheduler", spec.scheduler, SCHEDULERS)
     check_choice("precision", spec.precision, PRECISIONS)
     check_choice("format", spec.format, FORMATS)
+    check_choice("offload", spec.offload, OFFLOADS)
     for field in ("steps", "size", "stored_size", "batch", "shard"): check_whole(field, getattr(spec, field))
-    if not 0 < spec.guidance < inf:
-        raise ValueError(f"guidance is a positive number (the paper: 3.5), got {spec.guidance!r}.")
+    if not 0 <= spec.guidance < inf:
+        raise ValueError(f"guidance is a positive number (the paper: 3.5) or 0 for none, got {spec.guidance!r}.")
     if type(spec.seed) is not int: raise ValueError(f"seed is a whole number, got {spec.seed!r}.")
     check_classes(spec.names, spec.class_words)
     if spec.token_folder and not spec.token_hash:
@@ -156,7 +159,7 @@ class SynthesisSpec:
     style: str | None = None # word for the style, with templates="style"
     scheduler: str = "DDPM" # a name in SCHEDULERS
     steps: int = 50 # denoising steps
-    guidance: float = 3.5 # w of equation 1
+    guidance: float = 3.5 # w of equation 1; 0: no guidance
     size: int = 512 # of a generated image, pixels
     stored_size: int | None = None # of a stored image, pixels; None: as generated
     format: str = "png" # of a stored image: "png" or "jpeg"
@@ -171,6 +174,7 @@ class SynthesisSpec:
     init_images: str = "" # digest of the real images that sampling starts from; "": none
     strength: float | None = None # with init_images: share of the steps that are run, in [0, 1]
     prompts: UserPrompts | None = unhashed(None) # the user's, which `templates` identifies
+    offload: str = unhashed("none") # what leaves the GPU while it does not compute: a name in OFFLOADS
 
     def __post_init__(self):
         for field, value in one_spelling(self).items(): object.__setattr__(self, field, value)
@@ -244,7 +248,7 @@ def embed(pipe: "diffusers.StableDiffusionPipeline", # the model
     "The embeddings of prompts, each distinct one computed once."
     if len(cache) > 1000: cache.clear()
     new = [p for p in dict.fromkeys(prompts) if p not in cache]
-    if new: cache.update(zip(new, pipe.encode_prompt(new, pipe.device, 1, False)[0]))
+    if new: cache.update(zip(new, pipe.encode_prompt(new, runs_on(pipe), 1, False)[0]))
     return torch.stack([cache[p] for p in prompts])
 
 # %% ../nbs/library/07_generation.ipynb #052de7a9
@@ -267,7 +271,8 @@ def decode(pipe: "diffusers.StableDiffusionPipeline", # the model
     "Latents as pixels."
     vae = pipe.vae
     images = max(1, AT_ONCE // (z.shape[-1] * pipe.vae_scale_factor)**2)
-    def pixels(some): return vae.decode((some / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+    shift = vae.config.get("shift_factor") or 0 # of models of flows
+    def pixels(some): return vae.decode((some / vae.config.scaling_factor + shift).to(vae.dtype), return_dict=False)[0]
     x = torch.cat([pixels(some) for some in z.split(images)]).float()
     check_images(x.isfinite().flatten(1).all(1).cpu().numpy(), vae.dtype)
     x = (x / 2 + 0.5).clamp(0, 1) * 255
@@ -292,7 +297,7 @@ def encode(pipe: "diffusers.StableDiffusionPipeline", # the model
     size = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
     images = max(1, AT_ONCE // size**2)
     def moments(some):
-        x = torch.from_numpy(np.ascontiguousarray(resized(some, size))).to(vae.device)
+        x = torch.from_numpy(np.ascontiguousarray(resized(some, size))).to(runs_on(pipe))
         x = x.permute(0, 3, 1, 2).float() / 127.5 - 1
         return vae.encode(x.to(vae.dtype)).latent_dist.parameters.float()
     return torch.cat([moments(pixels[at:at + images]) for at in range(0, len(pixels), images)])
@@ -306,7 +311,7 @@ def latent_noise(pipe: "diffusers.StableDiffusionPipeline", # the model
     from diffusers.utils.torch_utils import randn_tensor
     h = spec.size // pipe.vae_scale_factor
     shape = (len(generators), pipe.unet.config.in_channels, h, h)
-    return randn_tensor(shape, generators, pipe.unet.device, torch.float32)
+    return randn_tensor(shape, generators, runs_on(pipe), torch.float32)
 
 # %% ../nbs/library/07_generation.ipynb #3af047c0
 def begin(pipe: "diffusers.StableDiffusionPipeline", # the model
@@ -340,7 +345,7 @@ def predict_noise(unet: torch.nn.Module,
                  ) -> torch.Tensor: # (n, channels, h, h) float32
     "The noise in latents, by equation 1."
     x = x.to(unet.dtype)
-    if w == 1: return unet(x, t, c, return_dict=False)[0].float()
+    if w in (0, 1): return unet(x, t, c, return_dict=False)[0].float() # no guidance
     both = unet(torch.cat([x, x]), t, torch.cat([c, empty.expand_as(c)]), return_dict=False)[0].float()
     with_prompt, without = both.chunk(2)
     return w * with_prompt + (1 - w) * without
@@ -368,48 +373,128 @@ def denoise(pipe: "diffusers.StableDiffusionPipeline", # the model
 # %% ../nbs/library/07_generation.ipynb #e68aa816
 def takes_loop(pipe: "diffusers.DiffusionPipeline") -> bool:
     "Whether a pipeline is sampled by `denoise`."
-    from diffusers import StableDiffusionPipeline
-    return type(pipe) is StableDiffusionPipeline and not pipe.unet.config.time_cond_proj_dim
+    family = family_of(pipe)
+    return family.pipeline == "StableDiffusionPipeline" and family.guidance == "mixed"
+
+# %% ../nbs/library/07_generation.ipynb #5890cd3d
+def share_of(steps: int, # that are run
+             total: int,
+            ) -> float: # in [0, 1]
+    "The share whose product with the total is the number of steps exactly, however it is rounded."
+    share = steps / total
+    near = (share, nextafter(share, 1), nextafter(share, 0))
+    return next((s for s in near if s * total == steps), share)
+
+# %% ../nbs/library/07_generation.ipynb #72a6811f
+def from_images(pipe: "diffusers.DiffusionPipeline", # any text-to-image pipeline, with its sampler
+                init_images: np.ndarray, # (n, any, any, 3) uint8
+                spec: SynthesisSpec, # steps, size
+                steps: int, # that are run
+               ) -> tuple["diffusers.DiffusionPipeline", dict[str, Any]]: # the pipeline, arguments of its call
+    "The pipeline that starts from images, and what it is told."
+    from diffusers import AutoPipelineForImage2Image
+    other = AutoPipelineForImage2Image.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    takes = inspect.signature(other.__call__).parameters
+    images = [Image.fromarray(pixels) for pixels in resized(init_images, spec.size)]
+    total = steps if "original_inference_steps" in takes else spec.steps # LCM
+    how = dict(image=images, strength=share_of(steps, spec.steps), num_inference_steps=total)
+    return other, how | {name: spec.size for name in ("height", "width") if name in takes}
+
+# %% ../nbs/library/07_generation.ipynb #0edbef25
+def copies(pipe: "diffusers.DiffusionPipeline", # any whose autoencoder is Stable Diffusion's kind
+           init_images: np.ndarray, # (n, any, any, 3) uint8
+           size: int, # pixels
+          ) -> np.ndarray: # (n, size, size, 3) uint8
+    "What the autoencoder makes of real images: no step is run."
+    config = pipe.vae.config
+    mean = encode(pipe, init_images, size).chunk(2, dim=1)[0]
+    return decode(pipe, (mean - (config.get("shift_factor") or 0)) * config.scaling_factor)
 
 # %% ../nbs/library/07_generation.ipynb #6eaffee0
 def call_pipeline(pipe: "diffusers.DiffusionPipeline", # any text-to-image pipeline
                   prompts: list[str], # n texts
                   generators: list[torch.Generator], # n
-                  spec: SynthesisSpec, # scheduler, steps, guidance, size
+                  spec: SynthesisSpec, # scheduler, steps, guidance, size, strength
+                  init_images: np.ndarray | None = None, # (n, any, any, 3) uint8 to start from
                  ) -> np.ndarray: # (n, size, size, 3) uint8
     "Images from a pipeline's own loop."
+    steps = spec.steps if init_images is None else int(spec.steps * spec.strength)
+    if steps == 0: return copies(pipe, init_images, spec.size)
     pipe = copy.copy(pipe) # the caller's keeps its scheduler
     pipe.scheduler = make_scheduler(pipe, spec.scheduler)
-    how = dict(negative_prompt=[negative_of(spec)] * len(prompts)) if negative_of(spec) else {}
-    if how and "negative_prompt" not in inspect.signature(pipe.__call__).parameters:
-        raise ValueError(f"A {type(pipe).__name__} takes no negative prompt: leave it out.")
-    images = pipe(prompt=prompts, num_inference_steps=spec.steps, guidance_scale=spec.guidance, **how,
-                  height=spec.size, width=spec.size, generator=generators, output_type="np").images
+    how = dict(height=spec.size, width=spec.size, num_inference_steps=spec.steps)
+    if steps < spec.steps: pipe, how = from_images(pipe, init_images, spec, steps)
+    if negative_of(spec): how["negative_prompt"] = [negative_of(spec)] * len(prompts)
+    images = pipe(prompt=prompts, guidance_scale=spec.guidance, generator=generators, output_type="np", **how).images
     images = np.asarray(images)
     check_images(np.isfinite(images).reshape(len(images), -1).all(1), pipe.dtype)
     return (images * 255).round().astype(np.uint8)
 
 # %% ../nbs/library/07_generation.ipynb #bb15efaa
+def _limits(pipe, # a pipeline of diffusers, or anything else with a tokenizer
+           ) -> list[tuple[Any, int]]: # of each text encoder: its tokenizer, tokens
+    "How much each text encoder reads."
+    named = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+    own = inspect.signature(pipe.__call__).parameters.get("max_sequence_length") if callable(pipe) else None
+    most = own.default if own else inf
+    return [(t, min(t.model_max_length, most)) for t in named if t is not None]
+
 def _cut(tokenizer, # of a text encoder
+         limit: int, # tokens
          prompt: str,
         ) -> str: # "" if nothing is
     "What a text encoder would not read of a prompt."
     ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-    limit = tokenizer.model_max_length
     return tokenizer.decode(ids[limit - 1:], skip_special_tokens=True).strip() if len(ids) > limit else ""
 
 def check_lengths(pipe, # a pipeline of diffusers, or anything else with a tokenizer
                   prompts: Iterable[str],
                  ) -> None:
     "Reject prompts that no text encoder of a pipeline reads to their end."
-    named = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
-    tokenizers = [t for t in named if t is not None]
+    limits = _limits(pipe)
     for prompt in dict.fromkeys(prompts):
-        cuts = [_cut(t, prompt) for t in tokenizers]
+        cuts = [_cut(tokenizer, limit, prompt) for tokenizer, limit in limits]
         if not cuts or not all(cuts): continue
-        limit = max(t.model_max_length for t in tokenizers)
+        limit = max(limit for _, limit in limits)
         raise ValueError(f"The prompt {prompt!r} is longer than the {limit} tokens that the model reads: "
                          f"{min(cuts, key=len)!r} would be cut off. Give the class a shorter name.")
+
+# %% ../nbs/library/07_generation.ipynb #3ec8dc3e
+def size_unit(pipe: "diffusers.DiffusionPipeline") -> int: # pixels
+    "What the sizes that a model can make are multiples of."
+    latent = getattr(pipe, "vae_scale_factor", 1)
+    processor = getattr(pipe, "image_processor", None) # FLUX has it look at pairs of latents
+    return max(latent * getattr(pipe, "patch_size", 1), processor.config.vae_scale_factor if processor else 1)
+
+# %% ../nbs/library/07_generation.ipynb #86a4ebfb
+def check_family(family: Family, spec: SynthesisSpec) -> None:
+    "Reject a spec that asks for what a family of models cannot do."
+    reasons = [why_not_guided(family, spec.guidance, negative_of(spec))]
+    if spec.token_hash: reasons.append(why_no_tokens(family))
+    if spec.init_images: reasons.append(why_not_from_images(family))
+    for text in filter(None, reasons): raise ValueError(text)
+
+# %% ../nbs/library/07_generation.ipynb #a8176cca
+def check_start(pipe: "diffusers.DiffusionPipeline", spec: SynthesisSpec) -> None:
+    "Reject real images that a model cannot start from."
+    if takes_loop(pipe): return
+    steps = int(spec.steps * spec.strength)
+    if not steps and spec.strength:
+        raise ValueError(f"{spec.steps} steps at strength {spec.strength:g} run no step and copy the real images: give "
+                         f"at least {ceil(1 / spec.strength)} steps or a strength of {1 / spec.steps:.2g}.")
+    if not steps and type(pipe.vae).__name__ != "AutoencoderKL":
+        raise ValueError("At strength 0 images are the autoencoder's copies, which are made with an AutoencoderKL and "
+                         f"not with this {type(pipe.vae).__name__}: give a strength above 0.")
+
+# %% ../nbs/library/07_generation.ipynb #06df7616
+def check_model(pipe: "diffusers.DiffusionPipeline", spec: SynthesisSpec) -> None:
+    "Reject a spec that asks for what a model cannot do."
+    check_family(family_of(pipe), spec)
+    make_scheduler(pipe, spec.scheduler)
+    unit = size_unit(pipe)
+    if spec.size % unit: raise ValueError(f"size is a multiple of {unit} for this model, got {spec.size}.")
+    if spec.init_images: check_start(pipe, spec)
 
 # %% ../nbs/library/07_generation.ipynb #ff553f82
 def check_request(pipe: "diffusers.DiffusionPipeline",
@@ -420,16 +505,12 @@ def check_request(pipe: "diffusers.DiffusionPipeline",
                  ) -> None:
     "Reject what `sample` cannot make."
     check_lengths(pipe, prompts)
-    unit = getattr(pipe, "vae_scale_factor", 1)
-    if spec.size % unit: raise ValueError(f"size is a multiple of {unit} for this model, got {spec.size}.")
+    check_model(pipe, spec)
     if len(prompts) != len(seeds): raise ValueError(f"One seed per prompt, got {len(seeds)} for {len(prompts)}.")
     if init_images is None:
         if spec.strength is not None: raise ValueError("The spec has a strength but no init_images were given.")
         return
     if spec.strength is None: raise ValueError("init_images were given but the spec has no strength.")
-    if not takes_loop(pipe):
-        raise ValueError(f"Real Guidance needs a plain StableDiffusionPipeline, this model is a {type(pipe).__name__}: "
-                         "leave out init_images and strength.")
     if len(init_images) != len(prompts):
         raise ValueError(f"One init image per prompt, got {len(init_images)} for {len(prompts)}.")
 
@@ -449,8 +530,9 @@ def sample(pipe: "diffusers.DiffusionPipeline", # from `load_pipeline`
     def batch(part): # a slice
         some = list(prompts[part])
         generators = [torch.Generator().manual_seed(s) for s in seeds[part]]
-        if not by_hand: return call_pipeline(pipe, some, generators, spec)
-        moments = None if init_images is None else encode(pipe, init_images[part], spec.size)
+        real = None if init_images is None else init_images[part]
+        if not by_hand: return call_pipeline(pipe, some, generators, spec, real)
+        moments = None if real is None else encode(pipe, real, spec.size)
         c = embed(pipe, some, cache)
         away = embed(pipe, [negative_of(spec)], cache)
         return decode(pipe, denoise(pipe, spec, c, away, generators, moments))

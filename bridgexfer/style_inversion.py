@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'AUTOCAST', 'INVERSION_VERSION', 'InversionSpec', 'check_inversion', 'inversion_spec', 'token_words',
-           'sentences', 'own_size', 'latent_moments', 'noise_schedule', 'TokenTask', 'token_task', 'Draw', 'draw',
-           'noisy', 'first_row', 'arithmetic', 'embed_with', 'frozen', 'noise_error', 'step_loss', 'fresh_state',
-           'optimiser', 'record', 'learn', 'train_tokens', 'loss_curve', 'check_method', 'check_images', 'open_model',
-           'save_tokens', 'invert', 'stratified', 'denoising_loss']
+           'sentences', 'own_size', 'latent_moments', 'check_inverts', 'noise_schedule', 'TokenTask', 'token_task',
+           'Draw', 'draw', 'noisy', 'first_row', 'arithmetic', 'embed_with', 'frozen', 'noise_error', 'step_loss',
+           'fresh_state', 'optimiser', 'record', 'learn', 'train_tokens', 'loss_curve', 'check_method', 'check_images',
+           'open_model', 'save_tokens', 'invert', 'stratified', 'denoising_loss']
 
 # %% ../nbs/library/09_style_inversion.ipynb #08a82172
 import copy, time
@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from .artefacts import STATE, atomic, found_or_made, provenance, spec_hash, stable_hash
 from .generation import check_choice, check_lengths, check_whole, embed, encode, make_scheduler
 from .images import Images
-from .models import SHIPPED, TOKENS_FILE, find_weights, load_pipeline
+from .models import SHIPPED, TOKENS_FILE, Family, family_of, find_family, find_weights, load_pipeline
+from .models import why_not_inverted
 from .prompts import SINGLE_TEMPLATE, templates
 if TYPE_CHECKING: import diffusers
 
@@ -119,13 +120,16 @@ def latent_moments(pipe: "diffusers.StableDiffusionPipeline", # from `load_pipel
         moments.flush()
     return np.load(path, mmap_mode="r")
 
+# %% ../nbs/library/09_style_inversion.ipynb #41c07785
+def check_inverts(family: Family) -> None: # of a model
+    "Reject a model that no token can be learned with."
+    if text := why_not_inverted(family): raise ValueError(text)
+
 # %% ../nbs/library/09_style_inversion.ipynb #b8f8428c
 def noise_schedule(pipe: "diffusers.StableDiffusionPipeline") -> "diffusers.DDPMScheduler":
     "The model's own noise schedule."
-    schedule = make_scheduler(pipe, "DDPM")
-    kind = schedule.config.prediction_type
-    if kind != "epsilon": raise ValueError(f"This model predicts {kind}, not the noise (epsilon): take another model.")
-    return schedule
+    check_inverts(family_of(pipe))
+    return make_scheduler(pipe, "DDPM")
 
 # %% ../nbs/library/09_style_inversion.ipynb #90edebc7
 @dataclass(frozen=True, eq=False)
@@ -186,14 +190,15 @@ def noisy(pipe: "diffusers.StableDiffusionPipeline", # the model
           moments: torch.Tensor, # (n, 2c, h, w)
           t: torch.Tensor, # (n,) timesteps
           rng: torch.Generator | list[torch.Generator], # one, or one for each image
-         ) -> tuple[torch.Tensor, torch.Tensor]: # z_t and ε, each (n, c, h, w)
-    "Latents drawn from their moments, and with noise added."
+         ) -> tuple[torch.Tensor, torch.Tensor]: # z_t, and ε or the velocity, each (n, c, h, w)
+    "Latents drawn from their moments and with noise added, and what the model should predict."
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
     from diffusers.utils.torch_utils import randn_tensor
     real = DiagonalGaussianDistribution(moments)
-    z = real.mean + real.std * randn_tensor(real.mean.shape, rng)
+    z = (real.mean + real.std * randn_tensor(real.mean.shape, rng)) * pipe.vae.config.scaling_factor
     eps = randn_tensor(real.mean.shape, rng)
-    return schedule.add_noise(z * pipe.vae.config.scaling_factor, eps, t), eps
+    velocity = schedule.config.prediction_type == "v_prediction"
+    return schedule.add_noise(z, eps, t), schedule.get_velocity(z, eps, t) if velocity else eps
 
 # %% ../nbs/library/09_style_inversion.ipynb #09afe10b
 def first_row(pipe: "diffusers.StableDiffusionPipeline", # the model
@@ -241,12 +246,12 @@ def frozen(*networks: torch.nn.Module) -> Iterator[None]:
 # %% ../nbs/library/09_style_inversion.ipynb #8ecf0687
 def noise_error(pipe: "diffusers.StableDiffusionPipeline", # the model
                 z_t: torch.Tensor, # (n, c, h, w) noisy latents
-                eps: torch.Tensor, # (n, c, h, w) the noise in them
+                eps: torch.Tensor, # (n, c, h, w) the noise in them, or the velocity: what the UNet should predict
                 t: torch.Tensor, # (n,) timesteps
                 c: torch.Tensor, # (n, tokens, width) embedded prompts
                 precision: str = "float32", # of the UNet's arithmetic
                ) -> torch.Tensor: # (n,)
-    "The mean square error of the UNet's prediction of the noise."
+    "The mean square error of the UNet's prediction."
     unet = pipe.unet
     z_t, eps, t = (x.to(unet.device, non_blocking=True) for x in (z_t, eps, t))
     with arithmetic(unet.device, precision):
@@ -391,6 +396,7 @@ def open_model(spec: InversionSpec,
                device: str, # where it will run
               ) -> "diffusers.StableDiffusionPipeline":
     "The pipeline of a spec."
+    check_inverts(find_family(model)) # before its weights are fetched
     now = find_weights(model)
     if now == spec.weights: return load_pipeline(model, "float32", device)
     raise ValueError(f"The weights of {model!r} are not those of this spec ({now}, not {spec.weights}): "
@@ -429,6 +435,7 @@ def invert(spec: InversionSpec,
         check_images(spec, images)
         check_method(spec)
         opened = pipe or open_model(spec, model, device)
+        check_inverts(family_of(opened)) # before images are encoded
         path = folder/STATE
         state = load_file(path) if path.exists() else fresh_state(spec, opened)
         if spec.steps: train_tokens(spec, state, images, Path(root), opened, label, every)

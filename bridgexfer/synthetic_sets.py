@@ -30,10 +30,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 from .artefacts import atomic, provenance, read_json, spec_hash, stable_hash, write_json
 from .generation import BETWEEN, SOFTNESS, SYNTHESIS_VERSION, Row, SynthesisSpec
-from .generation import check_lengths, check_whole, embed, negative_of
+from .generation import check_family, check_lengths, check_model, check_whole, embed, negative_of
 from .generation import plan, sample, sentences_of, takes_loop
 from .images import SMALL, Images, Parts, SoftImages, decode_into, file_array, mapped, mapped_files, store
-from .models import find_weights, licence_of, load_pipeline, load_token
+from .models import find_family, find_weights, licence_of, load_pipeline, load_token, runs_on
 if TYPE_CHECKING: import diffusers, huggingface_hub
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #b607b525
@@ -306,7 +306,9 @@ def open_for(spec: SynthesisSpec, # the set
         if now != spec.weights:
             raise ValueError(f"The weights of {spec.model!r} are not those of this spec ({now}, not {spec.weights}): "
                              "make a new spec with synthesis_spec.")
-        pipe = load_pipeline(spec.model, spec.precision, device)
+        check_family(find_family(spec.model), spec) # before its weights are fetched
+        pipe = load_pipeline(spec.model, spec.precision, device, spec.offload)
+    check_model(pipe, spec)
     add_token(pipe, spec)
     check_lengths(pipe, all_prompts(spec)) # before the first image and not after hours
     return pipe
@@ -323,7 +325,7 @@ def build_shard(spec: SynthesisSpec, # the set
     started = time.time()
     begun = read_begun(path, spec, number)
     table = make_shard(spec, number, pipe, bar, init_images, begun, partial(save_begun, path, spec, number))
-    write_json(path.with_suffix(".json"), provenance(started, str(pipe.device), len(table) - len(begun)))
+    write_json(path.with_suffix(".json"), provenance(started, str(runs_on(pipe)), len(table) - len(begun)))
     write_shard(path, table)
     begun_path(path).unlink(missing_ok=True)
 

@@ -475,7 +475,7 @@ def test_wrong_init_images(pipe, guided, train, tmp_path):
     with pytest.raises(ValueError, match="One init image per prompt, got 2 for 1"):
         sample(pipe, ["a"], [0], spec, init_images=two.pixels[:2])
     other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
-    with pytest.raises(ValueError, match="plain StableDiffusionPipeline, this model is a StableDiffusionImg2Img"):
+    with pytest.raises(ValueError, match="no pipeline beside StableDiffusionImg2ImgPipeline"):
         sample(other, ["a"], [0], spec, init_images=two.pixels[:1])
 
 

@@ -291,8 +291,8 @@ def test_timesteps_are_spread_over_the_schedule(pipe, few, monkeypatch):
     assert len(torch.cat(seen).unique()) > 50
 
 
-def test_a_model_that_does_not_predict_noise_is_rejected(model, few):
+def test_a_model_that_predicts_neither_noise_nor_velocity_is_rejected(model, few):
     pipe = load_pipeline(model)
-    pipe.scheduler.register_to_config(prediction_type="v_prediction")
-    with pytest.raises(ValueError, match="v_prediction"):
+    pipe.scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(ValueError, match="predicts sample"):
         denoising_loss(pipe, few, [""] * len(few))

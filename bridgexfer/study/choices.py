@@ -254,7 +254,7 @@ FROM_SETTINGS = { # pattern -> the setting, or settings, that the study gives in
     **{f"transfer:{spec}.repeats": "repeats few_repeats" for spec in ("TransferSpec", "MixedSpec")},
     **{f"generation:SynthesisSpec.{k}": k
        for k in ("scheduler", "steps", "guidance", "size", "format", "precision")},
-    "generation:SynthesisSpec.batch": "generate_batch",
+    "generation:SynthesisSpec.batch": "generate_batch", "generation:SynthesisSpec.offload": "offload",
     "style_inversion:InversionSpec.steps": "style_steps class_steps",
     **{f"style_inversion:InversionSpec.{k}": f"inversion_{k}" for k in ("lr", "batch", "init")},
     **{f"style_inversion:InversionSpec.{k}": k for k in ("size", "precision")},

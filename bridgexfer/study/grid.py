@@ -309,7 +309,7 @@ class SetSpecs(Specs):
             real = subset(data, key.shots, key.seed).digest
             special = dict(init_images=real, strength=strength(key.shots))
             if key.synthesis == "between": special = dict(init_images=BETWEEN + real, strength=BETWEEN_STRENGTH)
-        how = dict(guidance=key.guidance, batch=s.generate_batch, seed=key.seed)
+        how = dict(guidance=key.guidance, batch=s.generate_batch, seed=key.seed, offload=s.offload)
         return synthesis_spec(self.model, data.info.names, **shared, **how, **special)
 
 # %% ../../nbs/study/02_grid.ipynb #a808cba6
@@ -481,7 +481,7 @@ class Tuning(RunSpecs):
 
 # %% ../../nbs/study/02_grid.ipynb #a72f6873
 PATHS = ("profile", "runs", "figures", "data")
-RESOURCES = ("gpu", "cores", "memory", "hours", "jobs_per_sweep") # and `generate_hours`, `core_memory` and the like
+RESOURCES = ("gpu", "cores", "memory", "hours", "jobs_per_sweep", "offload") # and `generate_hours` and the like
 LISTED = ("datasets", "archs", "more_archs", "pipelines", "arch_pipelines", "seeds", "few_seeds", "sweep_seeds",
           "shots", "few_shots", "style_shots", "class_shots", "clip_shots", "images", "sweep_images", "more_images",
           "mixed_images", "volumes", "guidances")
@@ -719,7 +719,7 @@ def command(study: Study, notebook: str, title: str, parameters: dict[str, str],
 # %% ../../nbs/study/02_grid.ipynb #269bd952
 def job_command(study: Study, job: Job) -> str:
     "How papermill runs a job, which draws nothing and finds its learning rates with those of the whole study."
-    inner = {k: v for k, v in study.overrides.items() if k != "figures" and not is_resource(k)}
+    inner = {k: v for k, v in study.overrides.items() if k == "offload" or k != "figures" and not is_resource(k)}
     return command(study, f"nbs/jobs/{job.rule}.ipynb", job.title, job.parameters, inner)
 
 # %% ../../nbs/study/02_grid.ipynb #e43fe023

@@ -50,12 +50,13 @@ LISTS = ("datasets", "archs", "pipelines", "shots", "seeds", "lrs", "few_shots",
          "mix_weights", "real_shares", "keeps")
 
 NAMES = ("profile", "runs", "figures", "data", "model", "revision", "scheduler", "precision", "format", "clip",
-         "inversion_init", "pipelines", "arch_pipelines", "archs", "more_archs", "datasets") # and `*_datasets`
+         "offload", "inversion_init", "pipelines", "arch_pipelines", "archs", "more_archs",
+         "datasets") # and `*_datasets`
 DECIMALS = ("guidance", "guidances", "momentum", "weight_decay", "vit_weight_decay", "mixup", "validation", "lr", "lrs",
             "stage1_lrs", "inversion_lr", "clip_lrs", "mix_weights", "real_shares", "keeps", "crop", "rotation", "grey",
             "memory", "hours") # and `*_memory`, `*_hours`
 FROM_ZERO = ("seeds", "few_seeds", "sweep_seeds", "tuning_seeds", "few_tuning_seeds", "gpu", "momentum", "weight_decay",
-             "vit_weight_decay", "mixup", "mix_weights", "keeps",
+             "vit_weight_decay", "mixup", "mix_weights", "keeps", "guidance", "guidances",
              "rotation", "grey", "fill") # and `*_gpu`; all other numbers are more than zero
 MAY_BE_EMPTY = ("few_seeds", "sweep_seeds", "more_archs") # and `*_datasets`
 WORDS = {"lr": ("tuned",), "shots": ("full",), "style_shots": ("full",), "class_shots": ("full",),
