@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['SCHEDULERS', 'FORMATS', 'SYNTHESIS_VERSION', 'BETWEEN', 'AT_ONCE', 'STRENGTHS', 'BETWEEN_STRENGTH', 'SOFTNESS',
            'check_choice', 'check_whole', 'check_texts', 'check_classes', 'check_guidance', 'check_prompts',
-           'check_spec', 'as_texts', 'one_spelling', 'SynthesisSpec', 'synthesis_spec', 'Row', 'sentences_of',
-           'negative_of', 'plan', 'make_scheduler', 'embed', 'check_images', 'decode', 'resized', 'encode',
-           'latent_noise', 'begin', 'predict_noise', 'denoise', 'takes_loop', 'call_pipeline', 'check_lengths',
-           'check_request', 'sample']
+           'check_spec', 'as_texts', 'one_spelling', 'SynthesisSpec', 'synthesis_spec', 'with_lora', 'Weights',
+           'split_weights', 'Row', 'sentences_of', 'negative_of', 'plan', 'make_scheduler', 'embed', 'check_images',
+           'decode', 'resized', 'encode', 'latent_noise', 'begin', 'predict_noise', 'denoise', 'takes_loop',
+           'call_pipeline', 'check_lengths', 'check_request', 'sample']
 
 # %% ../nbs/library/07_generation.ipynb #0484ca18
 import copy, inspect
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from math import inf
+from dataclasses import dataclass, replace
+from math import inf, isfinite
 from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
 from .artefacts import stable_hash, unhashed
-from .models import PRECISIONS, find_weights
+from .models import PRECISIONS, find_weights, lora_name
 from .prompts import templates
 from .user_prompts import UserPrompts
 if TYPE_CHECKING: import diffusers # imported inside functions: programs that make no images do not wait for it
@@ -118,6 +118,8 @@ def check_spec(spec: "SynthesisSpec") -> None:
         raise ValueError(f"token_hash is the hash of the tokens learned in {spec.token_folder}; "
                          "without it the spec does not say what they are.")
     check_guidance(spec.init_images, spec.strength)
+    if bool(spec.lora) != ("+" in spec.weights):
+        raise ValueError(f"The weights {spec.weights} and the LoRA {spec.lora!r} do not agree: take `with_lora`.")
     if spec.init_images.startswith(BETWEEN) and len(spec.names) < 2:
         raise ValueError("Images between classes need at least two classes, the spec has one.")
     check_prompts(spec)
@@ -150,7 +152,7 @@ def one_spelling(spec: "SynthesisSpec") -> dict[str, object]: # field -> value
 class SynthesisSpec:
     "All that decides what the images of a synthetic set are."
     names: tuple[str, ...] # class names, by label
-    weights: str # digest of the model's folder, or "id@commit" of the hub
+    weights: str # digest of the model's folder, or "id@commit" of the hub; with a LoRA as in `with_lora`
     model: str = unhashed("") # where the weights are, as in `find_model`
     templates: str = "single" # kind of prompts: "single", "style", or the name of `prompts`
     style: str | None = None # word for the style, with templates="style"
@@ -171,6 +173,7 @@ class SynthesisSpec:
     init_images: str = "" # digest of the real images that sampling starts from; "": none
     strength: float | None = None # with init_images: share of the steps that are run, in [0, 1]
     prompts: UserPrompts | None = unhashed(None) # the user's, which `templates` identifies
+    lora: str = unhashed("") # where the LoRA is that `weights` names; "": none
 
     def __post_init__(self):
         for field, value in one_spelling(self).items(): object.__setattr__(self, field, value)
@@ -183,6 +186,31 @@ def synthesis_spec(model: str, # as in `find_model`
                   ) -> SynthesisSpec:
     "A spec that identifies the weights of a model as they are now."
     return SynthesisSpec(names, find_weights(model), str(model), **fields)
+
+# %% ../nbs/library/07_generation.ipynb #429db73c
+def with_lora(spec: SynthesisSpec, # of a set without one
+              lora: str, # where it is, as in `lora_files`
+              scale: float = 1., # s
+              name: str | None = None, # what identifies it; None: it is looked at
+             ) -> SynthesisSpec: # whose weights are "weights+name" or "weights+name*scale"
+    "The spec of the same set, drawn with a LoRA."
+    if not isfinite(scale): raise ValueError(f"The scale of a LoRA is a finite number, got {scale!r}.")
+    if spec.lora: raise ValueError(f"The spec has the LoRA {spec.lora} already: start from one without.")
+    scaled = "" if scale == 1 else f"*{float(scale)!r}"
+    return replace(spec, weights=f"{spec.weights}+{name or lora_name(lora)}{scaled}", lora=str(lora))
+
+# %% ../nbs/library/07_generation.ipynb #9fd3e050
+class Weights(NamedTuple):
+    "What the weights of a set are."
+    model: str # what identifies those of the model
+    lora: str # what identifies the LoRA; "": none
+    scale: float # of the LoRA
+
+def split_weights(spec: SynthesisSpec) -> Weights:
+    "The weights of a set, the LoRA's apart from the model's."
+    model, _, lora = spec.weights.partition("+")
+    name, _, scale = lora.partition("*")
+    return Weights(model, name, float(scale or 1))
 
 # %% ../nbs/library/07_generation.ipynb #98ae9b08
 class Row(NamedTuple):
