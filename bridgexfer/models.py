@@ -279,7 +279,7 @@ def _put(pipe: "diffusers.DiffusionPipeline", file: Path, scale: float) -> int: 
     "Put a LoRA into the networks of a pipeline."
     from diffusers.utils import logging
     loud = logging.get_verbosity()
-    logging.set_verbosity_error() # it warns of every network that a LoRA leaves alone
+    logging.set_verbosity(logging.CRITICAL) # it warns of every network that a LoRA leaves alone
     try:
         state = pipe.lora_state_dict(str(file.parent), weight_name=file.name)
         pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER)
