@@ -257,7 +257,7 @@ def one_step(task: LoraTask,
     opt.zero_grad(set_to_none=True)
     return loss.detach()
 
-# %% ../nbs/library/10_lora.ipynb #670fd990
+# %% ../nbs/library/10_lora.ipynb #9e77b56e
 def learn_lora(task: LoraTask,
                matrices: dict[str, torch.nn.Parameter], # from `inserted`, set to the first step or to the state
                state: dict[str, torch.Tensor], # brought up to date
@@ -268,6 +268,7 @@ def learn_lora(task: LoraTask,
     "The remaining steps of one LoRA."
     spec, losses = task.spec, []
     done = max(0, int(state["done"]) - task.which * spec.steps)
+    if done >= spec.steps: return
     opt = optimiser_of(spec, matrices, state, done)
     for step in range(done, spec.steps):
         losses.append(one_step(task, step, opt))
@@ -373,7 +374,7 @@ def open_base(spec: LoraSpec,
     raise ValueError(f"The weights of {model!r} are not those of this spec ({now}, not {spec.weights}): "
                      "make a new spec with lora_spec.")
 
-# %% ../nbs/library/10_lora.ipynb #745f5436
+# %% ../nbs/library/10_lora.ipynb #4ec6c852
 def build_lora(spec: LoraSpec,
                folder: Path, # of the spec
                images: Images, # the real images of the spec
@@ -391,7 +392,8 @@ def build_lora(spec: LoraSpec,
         with atomic(folder/STATE) as part: save_file(state, part)
     z = latent_moments(pipe, images, moments, spec.weights, spec.size) if spec.steps else None
     total = len(loras(spec)) * spec.steps
-    bar = tqdm(total=total, initial=int(state["done"]), desc=label, unit="step", disable=label is None, mininterval=2)
+    shown = dict(desc=label, unit="step", disable=label is None, mininterval=2)
+    bar = tqdm(total=total, initial=int(state["done"]), **shown)
     with bar: train_loras(spec, folder, state, images, z, pipe, save, every, bar)
     seconds = float(state["seconds"])
     made_by = provenance(started, pipe.device, total * spec.batch, seconds) | dict(seconds=round(seconds, 2))

@@ -523,8 +523,8 @@ def caveats(spec: SynthesisSpec, # the set
     if spec.token_hash:
         more.append(f"Its prompts contain tokens that were learned from real images (token {spec.token_hash}).")
     if spec.lora:
-        more.append(f"Its model was adapted by a LoRA ({split_weights(spec).lora}), and its images may repeat those that "
-                    "it was learned from, whose licence and privacy they may inherit.")
+        more.append(f"Its model was adapted by a LoRA ({split_weights(spec).lora}), and its images may repeat those "
+                    "that it was learned from, whose licence and privacy they may inherit.")
     if spec.init_images:
         more.append(f"Its images start from real ones ({spec.init_images}, strength {spec.strength:g}), "
                     "whose licence and privacy they may inherit.")
