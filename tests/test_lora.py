@@ -182,7 +182,7 @@ def test_a_lora_is_known_by_what_it_contains(pipe, few, learned, tmp_path):
 
 
 @pytest.mark.parametrize("spoil,said", [
-    (lambda t: {k.replace("blocks", "bricks"): v for k, v in t.items()}, "no place"),
+    (lambda t: {k.replace("mid_block", "mid_blocks"): v for k, v in t.items()}, "no place"),
     (lambda t: {k: v[:, :1].contiguous() for k, v in t.items()}, "is no LoRA for this"),
     (lambda t: {"x": torch.ones(1)}, "is no LoRA for this")])
 def test_foreign_files_are_named(pipe, learned, tmp_path, spoil, said):
