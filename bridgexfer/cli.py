@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device', 'Style', 'Profile', 'AsJson', 'Settings', 'KeyValues',
-           'Fetch', 'Templates', 'Table', 'Captions', 'Domain', 'Prefix', 'Suffix', 'Negative', 'FromReal', 'Between',
-           'Strength', 'Synthetic', 'FeaturesOf', 'Backbones', 'Share', 'Threshold', 'Backbone', 'Given', 'NoImages',
-           'Hours', 'Kept', 'Pictures', 'Top', 'Batch', 'Row', 'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT',
-           'SYSTEM', 'BUG', 'BROKEN_PIPE', 'KEPT', 'key_values', 'check', 'datasets', 'invert', 'generate', 'verify',
-           'compare', 'leep', 'curate', 'transfer', 'predict', 'export', 'plan', 'table', 'provenance', 'repeat_option',
-           'explain', 'WithoutBars', 'interrupted', 'main']
+           'Fetch', 'PerClass', 'Templates', 'Table', 'Captions', 'Domain', 'Prefix', 'Suffix', 'Negative', 'FromReal',
+           'Between', 'Strength', 'Lora', 'LoraScale', 'Synthetic', 'FeaturesOf', 'Backbones', 'Share', 'Threshold',
+           'Backbone', 'Given', 'NoImages', 'Hours', 'Kept', 'Pictures', 'Top', 'Batch', 'Row', 'SEVERAL', 'MEMORY',
+           'GPU', 'NETWORK', 'ENVIRONMENT', 'SYSTEM', 'BUG', 'BROKEN_PIPE', 'KEPT', 'key_values', 'check', 'datasets',
+           'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer', 'predict', 'export', 'plan',
+           'table', 'provenance', 'repeat_option', 'explain', 'WithoutBars', 'interrupted', 'main']
 
 # %% ../nbs/apps/04_cli.ipynb #373bd560
 import errno, io, json, os, re, shlex, sys, traceback
@@ -129,6 +129,23 @@ def invert(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mode
     text = f"Style token of {dataset}: {folder} ({steps} steps); diffusers opens it with pipe.load_textual_inversion."
     return _answer(0, {"folder": str(folder), "steps": steps}, text, as_json)
 
+# %% ../nbs/apps/04_cli.ipynb #457b1970
+PerClass = Annotated[bool, _flag("--per-class", "one for each class, in place of one for all")]
+
+@app.command()
+def lora(dataset: DatasetName, per_class: PerClass = False, seeds: Seeds = None, model: Model = None,
+         settings: Settings = None, device: Device = None, profile: Profile = None, as_json: AsJson = False) -> int:
+    "Adapt the text-to-image model to a dataset's training images."
+    from bridgexfer.artefacts import read_json
+    from bridgexfer.own_images import own_lora
+    study = _own_study(dataset, profile, settings, seeds=seeds, model=model)
+    _notice(study)
+    folder = own_lora(study, study.load(dataset), per_class, study.settings.seeds[0], _device(device))
+    steps = read_json(folder/"lora.json")["spec"]["steps"]
+    text = f"LoRA of {dataset}: {folder} ({steps} steps); diffusers opens it with pipe.load_lora_weights, and " \
+           f"bridgexfer generate {dataset} --lora {folder} draws with it."
+    return _answer(0, {"folder": str(folder), "steps": steps}, text, as_json)
+
 # %% ../nbs/apps/04_cli.ipynb #fed32837
 Templates = Annotated[str | None, _option("FILE", "templates, a line each, with {} for the class name")]
 Table = Annotated[str | None, _option("FILE", 'prompts of each class: .json {"class": [...]} or .csv class,prompt')]
@@ -140,6 +157,8 @@ Negative = Annotated[str, _option("TEXT", "what no image should show")]
 FromReal = Annotated[int | None, _option("K", "start from K training images of each class (0: all): Real Guidance")]
 Between = Annotated[int | None, _option("K", "start from K training images of each other class: Diff-Mix, soft labels")]
 Strength = Annotated[float | None, _option("S", "with --from-real or --between: share of the steps that are run")]
+Lora = Annotated[str | None, _option("PATH", "adapt the model by this LoRA: a .safetensors file, or a folder")]
+LoraScale = Annotated[float, _option("S", "with --lora: how strongly; 0 changes nothing")]
 
 # %% ../nbs/apps/04_cli.ipynb #b89b270f
 def _prompts(names, images, device: str, templates, table, captions, negative: str, words: dict[str, str]):
@@ -175,7 +194,7 @@ def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
              templates: Templates = None, table: Table = None, captions: Captions = None, domain: Domain = "",
              prefix: Prefix = "", suffix: Suffix = "", negative: Negative = "",
              from_real: FromReal = None, between: Between = None, strength: Strength = None,
-             profile: Profile = None, as_json: AsJson = False) -> int:
+             lora: Lora = None, lora_scale: LoraScale = 1., profile: Profile = None, as_json: AsJson = False) -> int:
     "Make the synthetic images of a dataset's classes."
     from bridgexfer.data.registry import dataset_info
     from bridgexfer.datasets import Dataset
@@ -191,7 +210,7 @@ def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     words = dict(domain=domain, prefix=prefix, suffix=suffix)
     prompts = _prompts(data.info.names, seen, device, templates, table, captions, negative, words)
     fields = dict(prompts=prompts) if strength is None else dict(prompts=prompts, strength=strength)
-    made = own_set(study, data, run, device, **fields)
+    made = own_set(study, data, run, device, (lora, lora_scale) if lora else None, **fields)
     if export: made.export(export, study.settings.images)
     value = {"folder": str(made.folder), "classes": len(made.spec.names), "per_class": made.per_class, "export": export}
     return _answer(0, value, f"{made}, exported to {export}" if export else str(made), as_json)
@@ -586,6 +605,7 @@ class WithoutBars:
 KEPT = { # command -> what an interruption leaves; all others only read
     "generate": "all images but those of the last minutes are kept",
     "invert": "the state that the token was last saved in is kept",
+    "lora": "the state that the LoRA was last saved in is kept",
     "transfer": "synthetic images, finished trainings and the last saved state of the one that was running are kept",
     "verify": "shards that were made again are kept",
     "datasets": "what was downloaded is kept"}

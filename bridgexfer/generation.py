@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['SCHEDULERS', 'FORMATS', 'SYNTHESIS_VERSION', 'BETWEEN', 'AT_ONCE', 'STRENGTHS', 'BETWEEN_STRENGTH', 'SOFTNESS',
            'check_choice', 'check_whole', 'check_texts', 'check_classes', 'check_guidance', 'check_prompts',
-           'check_spec', 'as_texts', 'one_spelling', 'SynthesisSpec', 'synthesis_spec', 'Row', 'sentences_of',
-           'negative_of', 'plan', 'make_scheduler', 'embed', 'check_images', 'decode', 'resized', 'encode',
-           'latent_noise', 'begin', 'predict_noise', 'denoise', 'takes_loop', 'share_of', 'from_images', 'copies',
-           'call_pipeline', 'check_lengths', 'size_unit', 'check_family', 'check_start', 'check_model', 'check_request',
-           'sample']
+           'check_spec', 'as_texts', 'one_spelling', 'SynthesisSpec', 'synthesis_spec', 'with_lora', 'Weights',
+           'split_weights', 'Row', 'sentences_of', 'negative_of', 'plan', 'make_scheduler', 'embed', 'check_images',
+           'decode', 'resized', 'encode', 'latent_noise', 'begin', 'predict_noise', 'denoise', 'takes_loop', 'share_of',
+           'from_images', 'copies', 'call_pipeline', 'check_lengths', 'size_unit', 'check_family', 'check_start',
+           'check_model', 'check_request', 'sample']
 
 # %% ../nbs/library/07_generation.ipynb #0484ca18
 import copy, inspect
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from math import ceil, inf, nextafter
+from dataclasses import dataclass, replace
+from math import ceil, inf, isfinite, nextafter
 from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
 from .artefacts import stable_hash, unhashed
-from .models import OFFLOADS, PRECISIONS, Family, family_of, find_weights, runs_on
+from .models import OFFLOADS, PRECISIONS, Family, family_of, find_weights, lora_name, runs_on
 from .models import why_no_tokens, why_not_from_images, why_not_guided
 from .prompts import templates
 from .user_prompts import UserPrompts
@@ -121,6 +121,8 @@ def check_spec(spec: "SynthesisSpec") -> None:
         raise ValueError(f"token_hash is the hash of the tokens learned in {spec.token_folder}; "
                          "without it the spec does not say what they are.")
     check_guidance(spec.init_images, spec.strength)
+    if bool(spec.lora) != ("+" in spec.weights):
+        raise ValueError(f"The weights {spec.weights} and the LoRA {spec.lora!r} do not agree: take `with_lora`.")
     if spec.init_images.startswith(BETWEEN) and len(spec.names) < 2:
         raise ValueError("Images between classes need at least two classes, the spec has one.")
     check_prompts(spec)
@@ -153,7 +155,7 @@ def one_spelling(spec: "SynthesisSpec") -> dict[str, object]: # field -> value
 class SynthesisSpec:
     "All that decides what the images of a synthetic set are."
     names: tuple[str, ...] # class names, by label
-    weights: str # digest of the model's folder, or "id@commit" of the hub
+    weights: str # digest of the model's folder, or "id@commit" of the hub; with a LoRA as in `with_lora`
     model: str = unhashed("") # where the weights are, as in `find_model`
     templates: str = "single" # kind of prompts: "single", "style", or the name of `prompts`
     style: str | None = None # word for the style, with templates="style"
@@ -175,6 +177,7 @@ class SynthesisSpec:
     strength: float | None = None # with init_images: share of the steps that are run, in [0, 1]
     prompts: UserPrompts | None = unhashed(None) # the user's, which `templates` identifies
     offload: str = unhashed("none") # what leaves the GPU while it does not compute: a name in OFFLOADS
+    lora: str = unhashed("") # where the LoRA is that `weights` names; "": none
 
     def __post_init__(self):
         for field, value in one_spelling(self).items(): object.__setattr__(self, field, value)
@@ -187,6 +190,31 @@ def synthesis_spec(model: str, # as in `find_model`
                   ) -> SynthesisSpec:
     "A spec that identifies the weights of a model as they are now."
     return SynthesisSpec(names, find_weights(model), str(model), **fields)
+
+# %% ../nbs/library/07_generation.ipynb #429db73c
+def with_lora(spec: SynthesisSpec, # of a set without one
+              lora: str, # where it is, as in `lora_files`
+              scale: float = 1., # s
+              name: str | None = None, # what identifies it; None: it is looked at
+             ) -> SynthesisSpec: # whose weights are "weights+name" or "weights+name*scale"
+    "The spec of the same set, drawn with a LoRA."
+    if not isfinite(scale): raise ValueError(f"The scale of a LoRA is a finite number, got {scale!r}.")
+    if spec.lora: raise ValueError(f"The spec has the LoRA {spec.lora} already: start from one without.")
+    scaled = "" if scale == 1 else f"*{float(scale)!r}"
+    return replace(spec, weights=f"{spec.weights}+{name or lora_name(lora)}{scaled}", lora=str(lora))
+
+# %% ../nbs/library/07_generation.ipynb #9fd3e050
+class Weights(NamedTuple):
+    "What the weights of a set are."
+    model: str # what identifies those of the model
+    lora: str # what identifies the LoRA; "": none
+    scale: float # of the LoRA
+
+def split_weights(spec: SynthesisSpec) -> Weights:
+    "The weights of a set, the LoRA's apart from the model's."
+    model, _, lora = spec.weights.partition("+")
+    name, _, scale = lora.partition("*")
+    return Weights(model, name, float(scale or 1))
 
 # %% ../nbs/library/07_generation.ipynb #98ae9b08
 class Row(NamedTuple):

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SHIPPED', 'WEIGHTS_FILE', 'CONFIG_FILE', 'OPENED', 'CLIP_FILES', 'PRECISIONS', 'OFFLOADS', 'ENCODERS',
-           'NETWORKS', 'FAMILIES', 'LICENCES', 'OPENRAIL', 'TOKENS_FILE', 'Location', 'is_single', 'find_model',
-           'pinned', 'weights_of', 'find_weights', 'model_folder', 'quiet', 'unopened', 'place', 'runs_on',
-           'load_pipeline', 'Family', 'prediction_of', 'guidance_of', 'family_of', 'find_family', 'licence_of',
-           'notice', 'image_to_image', 'why_not_from_images', 'why_not_guided', 'why_no_tokens', 'why_not_inverted',
-           'what_families_do', 'read_tokens', 'load_token']
+           'NETWORKS', 'FAMILIES', 'LICENCES', 'OPENRAIL', 'TOKENS_FILE', 'LORA_FILE', 'LORA_RECORD', 'ADAPTER',
+           'Location', 'is_single', 'find_model', 'pinned', 'weights_of', 'find_weights', 'model_folder', 'quiet',
+           'unopened', 'place', 'runs_on', 'load_pipeline', 'Family', 'prediction_of', 'guidance_of', 'family_of',
+           'find_family', 'licence_of', 'notice', 'image_to_image', 'why_not_from_images', 'why_not_guided',
+           'why_no_tokens', 'why_not_inverted', 'what_families_do', 'read_tokens', 'load_token', 'lora_files',
+           'lora_digest', 'lora_name', 'adaptable', 'adapter_weights', 'put_lora', 'adapted']
 
 # %% ../nbs/library/06_models.ipynb #53f1ec48
+import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from .artefacts import PACKAGE, digest, read_json, stable_hash
 from .hub import commit_of, fetch_file, fetch_folder
@@ -393,3 +396,108 @@ def load_token(pipe: "diffusers.StableDiffusionPipeline", # gets the tokens
         encoder.resize_token_embeddings(len(tokenizer) + len(new), mean_resizing=False)
         pipe.load_textual_inversion(new)
     return tuple(vectors)
+
+# %% ../nbs/library/06_models.ipynb #68c8cbe0
+LORA_FILE = "pytorch_lora_weights.safetensors" # the name that diffusers looks for
+LORA_RECORD = "lora.json" # beside one that was learned here: its spec, hash and digest
+
+def lora_files(path: str | Path, # a file, a folder that holds LORA_FILE, or one with such a folder for each class
+              ) -> tuple[Path, ...]: # one for all classes, or one for each, by label
+    "The files of a LoRA."
+    path = Path(path).expanduser()
+    if path.is_file() and path.suffix == ".safetensors": return (path,)
+    if (path/LORA_FILE).exists(): return (path/LORA_FILE,)
+    if found := tuple(sorted(path.glob(f"class-*/{LORA_FILE}"))): return found
+    raise FileNotFoundError(f"There is no LoRA at {path}: give a .safetensors file or a folder that has {LORA_FILE}.")
+
+# %% ../nbs/library/06_models.ipynb #77d6b61c
+def lora_digest(path: str | Path, # as in `lora_files`
+               ) -> str: # 16 hexadecimal digits
+    "A digest of what the files of a LoRA contain."
+    def contents(file):
+        with open(file, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    return hashlib.sha256("".join(map(contents, lora_files(path))).encode()).hexdigest()[:16]
+
+# %% ../nbs/library/06_models.ipynb #1ea57b22
+def lora_name(path: str | Path, # as in `lora_files`
+             ) -> str: # 16 hexadecimal digits
+    "What identifies a LoRA in a spec: the hash of the spec that it was learned by, or else its digest."
+    record = Path(path).expanduser()/LORA_RECORD
+    found = lora_digest(path)
+    made = read_json(record) if record.exists() else {}
+    if not isinstance(made, dict) or "digest" not in made: return found
+    if made["digest"] == found: return made["hash"]
+    raise ValueError(f"The LoRA in {path} is not the one that its {LORA_RECORD} describes: learn it again, "
+                     f"or delete {LORA_RECORD} if the change is meant.")
+
+# %% ../nbs/library/06_models.ipynb #2d6a29df
+ADAPTER = "lora" # what peft calls it inside the networks
+
+def adaptable(pipe: "diffusers.DiffusionPipeline") -> list[torch.nn.Module]:
+    "The networks of a pipeline that a LoRA may change."
+    names = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+    return [n for n in (getattr(pipe, name, None) for name in names) if n is not None]
+
+def adapter_weights(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]: # by name
+    "The weights of the LoRA in a network."
+    return {name: p for name, p in network.named_parameters() if f".{ADAPTER}." in name}
+
+# %% ../nbs/library/06_models.ipynb #cdba0cd9
+def _put(pipe: "diffusers.DiffusionPipeline", file: Path, scale: float) -> int: # how many tensors have no place
+    "Put a LoRA into the networks of a pipeline."
+    from diffusers.utils import logging
+    loud = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL) # it warns of every network that a LoRA leaves alone
+    try:
+        state = pipe.lora_state_dict(str(file.parent), weight_name=file.name)
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER)
+        pipe.set_adapters(ADAPTER, scale)
+    finally: logging.set_verbosity(loud)
+    tensors = state[0] if isinstance(state, tuple) else state
+    return len(tensors) - sum(len(adapter_weights(network)) for network in adaptable(pipe))
+
+# %% ../nbs/library/06_models.ipynb #0df9cfff
+def put_lora(pipe: "diffusers.DiffusionPipeline", # gets the LoRA
+             file: Path, # from `lora_files`
+             scale: float = 1., # s; 0 changes nothing
+            ) -> None:
+    "Put a LoRA into a pipeline, all of it or, with a sentence, nothing."
+    if not hasattr(pipe, "load_lora_weights"): raise ValueError(f"{type(pipe).__name__} cannot take a LoRA.")
+    try: homeless = _put(pipe, file, scale)
+    except FileNotFoundError: raise
+    except Exception as e: # a foreign file can make diffusers or peft fail in any way
+        reason = (str(e).splitlines() or [type(e).__name__])[0].rstrip(".: ")
+        raise ValueError(f"{file} is no LoRA for this {type(pipe).__name__} ({reason}): "
+                         "give one that was learned with this model.") from None
+    if homeless:
+        raise ValueError(f"{abs(homeless)} of the tensors of {file} have no place in this {type(pipe).__name__}: "
+                         "give a LoRA that was learned with this model.")
+
+# %% ../nbs/library/06_models.ipynb #5122f7ab
+def _tensors(file: Path) -> list[str]: # names; none in a LoRA of rank 0
+    "What a file of safetensors holds; a damaged one is a `ValueError`."
+    try:
+        with safe_open(file, "pt") as f: return list(f.keys())
+    except SafetensorError as e:
+        raise ValueError(f"{file} cannot be read as safetensors ({e}): save or fetch the LoRA again.") from None
+
+# %% ../nbs/library/06_models.ipynb #2fa8ef37
+@contextmanager
+def adapted(pipe: "diffusers.DiffusionPipeline", # left as it was
+            file: Path | None, # from `lora_files`; None: no LoRA
+            scale: float = 1., # s
+           ) -> Iterator[None]:
+    "A pipeline with a LoRA."
+    if file is None or not _tensors(file):
+        yield
+        return
+    networks = adaptable(pipe)
+    if any(getattr(network, "peft_config", None) for network in networks):
+        raise ValueError("The pipeline has a LoRA already: pipe.unload_lora_weights() removes it.")
+    flags = [(p, p.requires_grad) for network in networks for p in network.parameters()]
+    try:
+        put_lora(pipe, file, scale)
+        yield
+    finally:
+        if hasattr(pipe, "unload_lora_weights"): pipe.unload_lora_weights()
+        for p, flag in flags: p.requires_grad_(flag)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PIPELINES_COMPARED', 'Before', 'TOO_LITTLE', 'OURS', 'VERDICTS', 'CARD', 'warn_of_names', 'user_ini', 'own_study',
-           'own_runs', 'own_token', 'own_set', 'check_classes', 'given_set', 'own_filled', 'own_images', 'OutOfTime',
-           'run_own', 'best_so_far', 'own_choice', 'own_choices', 'Outcome', 'own_table', 'own_difference', 'own_model',
-           'whole_seeds', 'compare_own', 'confusion', 'hardest', 'draw_confusion', 'timm_config', 'history',
-           'accuracy_lines', 'card_data', 'training_lines', 'model_card', 'write_outcome', 'save_outcome']
+           'own_runs', 'own_token', 'own_lora', 'own_set', 'check_classes', 'given_set', 'own_filled', 'own_images',
+           'OutOfTime', 'run_own', 'best_so_far', 'own_choice', 'own_choices', 'Outcome', 'own_table', 'own_difference',
+           'own_model', 'whole_seeds', 'compare_own', 'confusion', 'hardest', 'draw_confusion', 'timm_config',
+           'history', 'accuracy_lines', 'card_data', 'training_lines', 'model_card', 'write_outcome', 'save_outcome']
 
 # %% ../nbs/apps/00_own_images.ipynb #b48c2624
 import json
@@ -30,9 +30,11 @@ from .data.registry import dataset_folder, dataset_info
 from .datasets import Dataset
 from .filling import FilledSet, fill_counts, filled_images
 from .finetune import NonFiniteLoss
+from .generation import with_lora
 from .images import SMALL, Images
 from .imported_sets import ImageSet, ImportedSet, open_set
 from .loading import SEEN
+from .lora import adapt
 from .prompts import names_nothing
 from .search import Trial, search
 from .statistics import compare, summary
@@ -113,17 +115,32 @@ def own_token(study: Study, # of `own_study`
     label = f"style of {Path(data.info.name).name}"
     return invert(spec, data.train, study.runs_dir/"tokens", model=study.model, device=device, label=label)
 
+# %% ../nbs/apps/00_own_images.ipynb #a8024b25
+def own_lora(study: Study, # of `own_study`
+             data: Dataset,
+             per_class: bool, # one for each class
+             seed: int,
+             device: str = "cpu",
+            ) -> Path: # the LoRA's folder
+    "The LoRA of a dataset or of its classes, found or learned from all of its training images."
+    spec = study.lora(data, per_class, 0, seed)
+    label = f"LoRA of {Path(data.info.name).name}"
+    return adapt(spec, data.train, study.runs_dir/"loras", model=study.model, device=device, label=label,
+                 moments=study.runs_dir/"tokens"/"moments")
+
 # %% ../nbs/apps/00_own_images.ipynb #630f2e18
 def own_set(study: Study, # of `own_study`
             data: Dataset, # its images are read for a style alone
             run: Run, # one that uses synthetic images
             device: str = "cpu",
+            lora: tuple[str, float] | None = None, # where a LoRA is, and its scale
             **fields, # of the spec, in place of the profile's: prompts, strength
            ) -> SyntheticSet:
     "The synthetic set of a run, found or made; real images that it starts from are training images of its shots."
     key = study.set_key(run)
     if key.synthesis == "style": own_token(study, data, key.seed, device)
     spec = replace(study.synthesis(data, key), **fields)
+    if lora: spec = with_lora(spec, *lora)
     real = subset(data, key.shots, key.seed) if spec.init_images else None
     how = dict(init_images=real, remark=data.info.remark)
     return generate(spec, study.runs_dir/"synthetic", run.per_class, device, **how)

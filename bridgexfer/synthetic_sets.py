@@ -6,11 +6,11 @@
 __all__ = ['COLUMNS', 'ROWS', 'ANOTHER', 'SAVE_EVERY', 'MEMORY', 'CAVEATS', 'CARD_TEXT', 'CARD', 'image_file', 'shard_rows',
            'shard_columns', 'shard_path', 'shard_schema', 'shard_table', 'write_shard', 'read_shard', 'image_files',
            'find_damage', 'check_init_images', 'start_class', 'init_images_of', 'add_token', 'begun_path',
-           'begun_schema', 'save_begun', 'read_begun', 'embedded', 'make_shard', 'all_prompts', 'open_for',
-           'build_shard', 'make_shards', 'read_spec', 'bind', 'missing_shards', 'damaged_shards', 'whole_shards',
-           'first_tables', 'decode_shard', 'decoded_path', 'mapped_shards', 'buffers', 'first_files', 'first_images',
-           'soft_labelled', 'SyntheticSet', 'available', 'caveats', 'facts', 'card', 'generate', 'slug',
-           'export_folders']
+           'begun_schema', 'save_begun', 'read_begun', 'embedded', 'check_lora', 'drawn_by', 'sample_rows',
+           'make_shard', 'all_prompts', 'open_for', 'build_shard', 'make_shards', 'read_spec', 'bind', 'missing_shards',
+           'damaged_shards', 'whole_shards', 'first_tables', 'decode_shard', 'decoded_path', 'mapped_shards', 'buffers',
+           'first_files', 'first_images', 'soft_labelled', 'SyntheticSet', 'available', 'caveats', 'facts', 'card',
+           'generate', 'slug', 'export_folders']
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #c588b2e1
 import hashlib, io, json, re, time, unicodedata
@@ -31,10 +31,11 @@ from tqdm.auto import tqdm
 from .artefacts import atomic, provenance, read_json, spec_hash, stable_hash, write_json
 from .generation import BETWEEN, SOFTNESS, SYNTHESIS_VERSION, Row, SynthesisSpec
 from .generation import check_family, check_lengths, check_model, check_whole, embed, negative_of
-from .generation import plan, sample, sentences_of, takes_loop
+from .generation import plan, sample, sentences_of, split_weights, takes_loop
 from .images import SMALL, Images, Parts, SoftImages, decode_into, file_array, mapped, mapped_files, store
-from .models import find_family, find_weights, licence_of, load_pipeline, load_token, runs_on
-if TYPE_CHECKING: import diffusers, huggingface_hub
+from .models import adapted, find_family, find_weights, licence_of, load_pipeline, load_token, lora_files
+from .models import lora_name, runs_on
+if TYPE_CHECKING: import diffusers, huggingface_hub, torch
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #b607b525
 def image_file(image: np.ndarray, # (size, size, 3) uint8
@@ -254,6 +255,40 @@ def embedded(pipe: "diffusers.DiffusionPipeline", # from `open_for`
         embed(pipe, [negative_of(spec)], cache)
     return cache
 
+# %% ../nbs/library/08_synthetic_sets.ipynb #66191a05
+def check_lora(spec: SynthesisSpec) -> None: # of a set
+    "Reject a LoRA other than that of a spec."
+    if not spec.lora: return
+    files = lora_files(spec.lora)
+    name = split_weights(spec).lora
+    now = lora_name(spec.lora)
+    if now != name:
+        raise ValueError(f"The LoRA in {spec.lora} is not that of this spec ({now}, not {name}): "
+                         "give that one, or make a new spec.")
+    if len(files) not in (1, len(spec.names)):
+        raise ValueError(f"{spec.lora} has LoRAs for {len(files)} classes, the set has {len(spec.names)}: "
+                         "give one for each class, or one for all.")
+
+# %% ../nbs/library/08_synthetic_sets.ipynb #51868576
+def drawn_by(spec: SynthesisSpec, # the set
+             rows: list[Row], # n rows of its plan
+            ) -> list[tuple[Path | None, list[int]]]: # a LoRA, and the positions in `rows` that it draws
+    "Who draws which rows."
+    files = lora_files(spec.lora) if spec.lora else (None,)
+    if len(files) == 1: return [(files[0], list(range(len(rows))))]
+    return [(file, [i for i, row in enumerate(rows) if row.label == label]) for label, file in enumerate(files)]
+
+# %% ../nbs/library/08_synthetic_sets.ipynb #2cc61c29
+def sample_rows(spec: SynthesisSpec, # the set
+                rows: list[Row], # a batch of n rows of its plan
+                pipe: "diffusers.DiffusionPipeline", # with the LoRA that draws them
+                cache: "dict[str, torch.Tensor]", # embeddings of earlier prompts; grows
+                init_images: Images | None, # the real images of the spec
+               ) -> np.ndarray: # (n, size, size, 3) uint8
+    "The images of some rows."
+    real = init_images and init_images.squares(spec.size, init_images_of(spec, rows, init_images))
+    return sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], spec, cache, real)
+
 # %% ../nbs/library/08_synthetic_sets.ipynb #f85f5401
 def make_shard(spec: SynthesisSpec, # the set
                number: int, # of the shard
@@ -265,22 +300,28 @@ def make_shard(spec: SynthesisSpec, # the set
               ) -> pa.Table:
     "Sample the images of one shard."
     rows = shard_rows(spec, number)
-    cache = embedded(pipe, rows[:len(begun)], spec)
-    files = []
+    groups = drawn_by(spec, rows)
+    order = [i for _, places in groups for i in places] # in which the images are made
+    there = {*order[:len(begun)]}
+    files = {}
     saved = time.monotonic()
     bar.update(len(begun))
     with ThreadPoolExecutor(1) as pool:
-        def made(): return [*begun, *(file.result() for file in files)]
-        for at in range(len(begun), len(rows), spec.batch):
-            if files and time.monotonic() - saved >= SAVE_EVERY:
-                save(made())
-                saved = time.monotonic()
-            batch = rows[at:at + spec.batch]
-            real = init_images and init_images.squares(spec.size, init_images_of(spec, batch, init_images))
-            images = sample(pipe, [r.prompt for r in batch], [r.seed for r in batch], spec, cache, real)
-            files += [pool.submit(image_file, image, spec) for image in images]
-            bar.update(len(batch))
-        return shard_table(spec, number, made())
+        def made(): return [*begun, *(file.result() for file in files.values())]
+        for lora, places in groups:
+            done = [i for i in places if i in there]
+            with adapted(pipe, lora, split_weights(spec).scale):
+                cache = embedded(pipe, [rows[i] for i in done], spec) # a LoRA may change the text encoder
+                for at in range(len(done), len(places), spec.batch):
+                    if files and time.monotonic() - saved >= SAVE_EVERY:
+                        save(made())
+                        saved = time.monotonic()
+                    some = places[at:at + spec.batch]
+                    images = sample_rows(spec, [rows[i] for i in some], pipe, cache, init_images)
+                    files |= {i: pool.submit(image_file, image, spec) for i, image in zip(some, images)}
+                    bar.update(len(some))
+        drawn = dict(zip(order, made()))
+        return shard_table(spec, number, [drawn[i] for i in range(len(rows))])
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #3f93b525
 def all_prompts(spec: SynthesisSpec) -> list[str]:
@@ -301,10 +342,12 @@ def open_for(spec: SynthesisSpec, # the set
         raise ValueError(f"{folder} was made by version {spec.version} of the method, "
                          f"this is version {SYNTHESIS_VERSION}: make a new set.")
     check_init_images(spec, init_images)
+    check_lora(spec)
     if pipe is None:
         now = find_weights(spec.model)
-        if now != spec.weights:
-            raise ValueError(f"The weights of {spec.model!r} are not those of this spec ({now}, not {spec.weights}): "
+        then = split_weights(spec).model
+        if now != then:
+            raise ValueError(f"The weights of {spec.model!r} are not those of this spec ({now}, not {then}): "
                              "make a new spec with synthesis_spec.")
         check_family(find_family(spec.model), spec) # before its weights are fetched
         pipe = load_pipeline(spec.model, spec.precision, device, spec.offload)
@@ -556,6 +599,9 @@ def caveats(spec: SynthesisSpec, # the set
     more = []
     if spec.token_hash:
         more.append(f"Its prompts contain tokens that were learned from real images (token {spec.token_hash}).")
+    if spec.lora:
+        more.append(f"Its model was adapted by a LoRA ({split_weights(spec).lora}), and its images may repeat those "
+                    "that it was learned from, whose licence and privacy they may inherit.")
     if spec.init_images:
         more.append(f"Its images start from real ones ({spec.init_images}, strength {spec.strength:g}), "
                     "whose licence and privacy they may inherit.")

@@ -49,7 +49,7 @@ def test_what_a_few_shot_run_is_given_depends_on_its_images_alone(digits, tamper
 @pytest.mark.parametrize("synthesis", FROM_REAL)
 def test_seeds_have_tokens_and_first_images_of_their_own_subsets(digits, synthesis):
     specs = [STUDY.synthesis(digits, SetKey(synthesis, 3.5, k, seed)) for k in (1, 4) for seed in (0, 1)]
-    assert len({(s.token_hash, s.init_images) for s in specs}) == 4
+    assert len({(s.token_hash, s.init_images, s.weights) for s in specs}) == 4
 
 
 def test_shared_sets_never_show_a_run_more_than_its_images():

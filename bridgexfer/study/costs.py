@@ -17,7 +17,7 @@ import torch
 from ..backbones import is_vit
 from ..data.archives import ARCHIVES, find_archive
 from ..data.registry import dataset_info, train_size
-from .grid import FROM_REAL, SWEEPS, SetKey, Study, near
+from .grid import FROM_REAL, LEARNED, SWEEPS, SetKey, Study, near
 from ..mixing import Mixing, epoch_sizes
 from ..models import SHIPPED
 from .records import job_path
@@ -82,12 +82,13 @@ class Counter:
         return new * target.classes
 
     def steps(self, run: Run, target: Target) -> int:
-        "Steps that have to be taken for the tokens of a run's prompts."
+        "Steps that have to be taken for the tokens of a run's prompts, or for its LoRA."
         s = self.study.settings
         key = self.study.set_key(run)
-        if key is None or key.synthesis not in ("style", "class"): return 0
+        if key is None or key.synthesis not in LEARNED: return 0
         if not self.first("token", target.name, key.synthesis, key.shots, key.seed): return 0
-        return s.style_steps if key.synthesis == "style" else s.class_steps * target.classes
+        return {"style": s.style_steps, "class": s.class_steps * target.classes, "lora": s.lora_steps,
+                "lora_class": s.lora_class_steps * target.classes}[key.synthesis]
 
 # %% ../../nbs/study/05_costs.ipynb #f949c6a0
 class PassCounter(Counter):

@@ -130,6 +130,10 @@ def set_behind(folder: Path, name: str) -> list[str]: # lines; name: hash of a s
         total["images_per_s"] = round(sum(m["images"] for m in shards) / max(total["seconds"], 1e-3), 1)
     how = f"seed {spec['seed']}, guidance {spec['guidance']:g}, {spec['steps']} steps"
     lines = [f"images   {os.path.relpath(path)}: {how}; {how_made(total)}", *job_behind(folder, "generate", name)]
+    if path := spec.get("lora"):
+        lora = Path(path)/"lora.json"
+        made = how_made(read_json(lora)) if lora.exists() else "made elsewhere"
+        lines += [f"LoRA     {os.path.relpath(path)}: {made}", *job_behind(folder, "invert", Path(path).name)]
     if not (token := spec.get("token_hash")): return lines
     learned = folder/"tokens"/token/"inversion.json"
     made = how_made(read_json(learned)) if learned.exists() else "missing"

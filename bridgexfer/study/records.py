@@ -189,7 +189,7 @@ def read_jobs(folder: str | Path, # the profile's runs
 # %% ../../nbs/study/01_records.ipynb #7b6f29e4
 METHODS = {"single": "Single template", "style": "DSI", "class": "Class-wise inversion", "untrained": "Untrained token",
            "real_guidance": "Real Guidance", "between": "Between classes",
-           "web": "Web renders"} # ways of making synthetic images
+           "lora": "LoRA", "lora_class": "LoRA per class", "web": "Web renders"} # ways of making synthetic images
 
 # %% ../../nbs/study/01_records.ipynb #5ab0c7d2
 def shots_label(shots: int, # images per class, 0 for all

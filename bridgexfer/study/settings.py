@@ -47,13 +47,14 @@ LISTS = ("datasets", "archs", "pipelines", "shots", "seeds", "lrs", "few_shots",
          "mixed_images", "more_archs", "arch_pipelines", "arch_style_datasets", "fixed_datasets", "clip_datasets",
          "clip_shots", "few_seeds", "sweep_seeds", "tuning_seeds", "few_tuning_seeds", "stage1_lrs", "stage1_epochs",
          "mixed_epochs", "mixed_few_epochs", "repeats", "few_repeats", "clip_lrs",
-         "mix_weights", "real_shares", "keeps")
+         "mix_weights", "real_shares", "keeps", "lora_datasets")
 
 NAMES = ("profile", "runs", "figures", "data", "model", "revision", "scheduler", "precision", "format", "clip",
          "offload", "inversion_init", "pipelines", "arch_pipelines", "archs", "more_archs",
          "datasets") # and `*_datasets`
 DECIMALS = ("guidance", "guidances", "momentum", "weight_decay", "vit_weight_decay", "mixup", "validation", "lr", "lrs",
-            "stage1_lrs", "inversion_lr", "clip_lrs", "mix_weights", "real_shares", "keeps", "crop", "rotation", "grey",
+            "stage1_lrs", "inversion_lr", "lora_lr", "clip_lrs", "mix_weights", "real_shares", "keeps", "crop",
+            "rotation", "grey",
             "memory", "hours") # and `*_memory`, `*_hours`
 FROM_ZERO = ("seeds", "few_seeds", "sweep_seeds", "tuning_seeds", "few_tuning_seeds", "gpu", "momentum", "weight_decay",
              "vit_weight_decay", "mixup", "mix_weights", "keeps", "guidance", "guidances",
