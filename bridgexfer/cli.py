@@ -564,6 +564,7 @@ def _print_anywhere(stream) -> None: # standard output or error
     "Print `?` for a character that the locale lacks."
     if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace") # and not a notebook's
 
+# %% ../nbs/apps/04_cli.ipynb #eac40c55
 def _open_streams() -> None:
     "Open what a parent process has closed, so that no file of ours becomes standard output or error."
     while (fd := os.open(os.devnull, os.O_RDWR)) < 3: os.set_inheritable(fd, True)

@@ -468,6 +468,7 @@ def _limits(pipe, # a pipeline of diffusers, or anything else with a tokenizer
     most = own.default if own else inf
     return [(t, min(t.model_max_length, most)) for t in named if t is not None]
 
+# %% ../nbs/library/07_generation.ipynb #9be011a4
 def _cut(tokenizer, # of a text encoder
          limit: int, # tokens
          prompt: str,

@@ -201,6 +201,7 @@ def _check_filled(part: Part, split: str, folder: Path, classes: list[str], held
     raise ValueError(f"{where} has no images for {empty}: add some, or remove the class. "
                      f"Names of images end in {' '.join(SUFFIXES)}.")
 
+# %% ../nbs/library/26_layouts.ipynb #b39530e0
 def load_layout(folder: Path, # of a dataset, in any layout
                 size: int, # of the stored images, pixels: of squares, or from 65 on of the shorter side, at most
                 root: str | Path = "data", # below which large datasets are kept

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms.v2.functional import rgb_to_grayscale
 from .datasets import Augment, Varied
 from .images import Images, available_cores, open_file
 
@@ -197,6 +196,7 @@ def without_colour(x: torch.Tensor, # (n, 3, size, size), normalised
                    std: tuple[float, ...],
                   ) -> torch.Tensor: # (n, 3, size, size), normalised
     "Images in grey."
+    from torchvision.transforms.v2.functional import rgb_to_grayscale
     colours = x * _on_device(tuple(std), x.device) + _on_device(tuple(mean), x.device)
     return normalise(rgb_to_grayscale(colours, num_output_channels=3), mean, std)
 

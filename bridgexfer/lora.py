@@ -218,7 +218,8 @@ def optimiser_of(spec: LoraSpec,
                 ) -> torch.optim.Optimizer:
     "AdamW for a LoRA, as it was after some steps."
     opt = torch.optim.AdamW(matrices.values(), spec.lr)
-    first, second = part_of(state, "first"), part_of(state, "second")
+    first = part_of(state, "first")
+    second = part_of(state, "second")
     for name, p in matrices.items() if step else ():
         opt.state[p] = dict(step=torch.tensor(float(step)), exp_avg=first[name].to(p.device),
                             exp_avg_sq=second[name].to(p.device))
@@ -233,7 +234,8 @@ def remember(state: dict[str, torch.Tensor], # brought up to date
              losses: list[torch.Tensor], # of the latest steps
             ) -> None:
     "Bring a state up to date after some steps."
-    spec, new = task.spec, torch.stack(losses).cpu()
+    spec = task.spec
+    new = torch.stack(losses).cpu()
     if not new.isfinite().all():
         raise ArithmeticError(f"The loss of the LoRA is not finite before step {step} at learning rate {spec.lr}: "
                               "choose a smaller one.")

@@ -100,6 +100,7 @@ def own_size(pipe: "diffusers.StableDiffusionPipeline") -> int: # pixels
     "The size of the images that a model was trained on."
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
+# %% ../nbs/library/09_style_inversion.ipynb #4f3b807c
 def latent_moments(pipe: "diffusers.StableDiffusionPipeline", # from `load_pipeline`
                    images: Images,
                    root: str | Path, # folder that keeps the moments

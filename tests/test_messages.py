@@ -103,7 +103,7 @@ def test_the_hubs_answer_is_passed_on():
     (["images=many"], "images is a whole number above 0, got 'many'"),
     (["images=0"], "images is a whole number above 0"),
     (["steps=2.5"], "steps is a whole number"),
-    (["guidance=nan"], "guidance is a number above 0, got 'nan'"),
+    (["guidance=nan"], "guidance is a number from 0 on, got 'nan'"),
     (["lr=fast"], "lr is a number above 0 or tuned, got 'fast'"),
     (["seeds=-1"], "seeds is a whole number from 0 on"),
     (["shots=all"], "shots is a whole number above 0 or full"),

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SWEEPS', 'LEARNED', 'FROM_REAL', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES', 'LISTED', 'MESSAGES', 'PAGES',
            'Profile', 'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'Sets', 'subset', 'strength', 'recipe_of',
-           'Specs', 'SetSpecs', 'web_images', 'Runs', 'Trainings', 'Choices', 'RunSpecs', 'Tuning', 'is_resource',
-           'decides', 'Job', 'contents', 'patterns', 'set_jobs', 'set_manifests', 'sweep_jobs', 'other_jobs', 'Page',
-           'page_of', 'Results', 'Study', 'near', 'command', 'job_command', 'page_command', 'resources', 'state',
-           'job_state', 'page_state', 'gather']
+           'Specs', 'Learned', 'SetSpecs', 'web_images', 'Runs', 'Trainings', 'Choices', 'RunSpecs', 'Tuning',
+           'is_resource', 'decides', 'Job', 'contents', 'patterns', 'set_jobs', 'set_manifests', 'sweep_jobs',
+           'other_jobs', 'Page', 'page_of', 'Results', 'Study', 'near', 'command', 'job_command', 'page_command',
+           'resources', 'state', 'job_state', 'page_state', 'gather']
 
 # %% ../../nbs/study/02_grid.ipynb #5af956c5
 import json
@@ -285,6 +285,9 @@ class Specs(Sets):
         data = load_dataset(dataset, self.settings.stored_size, self.data_dir)
         return replace(data, info=recipe_of(self.settings, data.info))
 
+# %% ../../nbs/study/02_grid.ipynb #4c3af302
+class Learned(Specs):
+    "What is learned from a dataset's images."
     def inversion(self, data: Dataset, kind: str, shots: int, seed: int) -> InversionSpec: # kind: "style" or "class"
         "The learned token of a dataset's style, or those of its classes."
         s = self.settings
@@ -318,7 +321,7 @@ class Specs(Sets):
         return known | dict(templates="style", style=words[0])
 
 # %% ../../nbs/study/02_grid.ipynb #398ed9c4
-class SetSpecs(Specs):
+class SetSpecs(Learned):
     "The specs of synthetic sets."
     def synthesis(self, data: Dataset, key: SetKey) -> SynthesisSpec:
         "The spec of a synthetic set."
