@@ -596,7 +596,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'bridgexfer.generation.sample': ('library/generation.html#sample', 'bridgexfer/generation.py'),
                                        'bridgexfer.generation.sentences_of': ( 'library/generation.html#sentences_of',
                                                                                'bridgexfer/generation.py'),
-                                       'bridgexfer.generation.share_of': ('library/generation.html#share_of', 'bridgexfer/generation.py'),
                                        'bridgexfer.generation.size_unit': ('library/generation.html#size_unit', 'bridgexfer/generation.py'),
                                        'bridgexfer.generation.split_weights': ( 'library/generation.html#split_weights',
                                                                                 'bridgexfer/generation.py'),

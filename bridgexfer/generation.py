@@ -7,7 +7,7 @@ __all__ = ['SCHEDULERS', 'FORMATS', 'SYNTHESIS_VERSION', 'BETWEEN', 'AT_ONCE', '
            'check_choice', 'check_whole', 'check_texts', 'check_classes', 'check_guidance', 'check_prompts',
            'check_spec', 'as_texts', 'one_spelling', 'SynthesisSpec', 'synthesis_spec', 'with_lora', 'Weights',
            'split_weights', 'Row', 'sentences_of', 'negative_of', 'plan', 'make_scheduler', 'embed', 'check_images',
-           'decode', 'resized', 'encode', 'latent_noise', 'begin', 'predict_noise', 'denoise', 'takes_loop', 'share_of',
+           'decode', 'resized', 'encode', 'latent_noise', 'begin', 'predict_noise', 'denoise', 'takes_loop',
            'from_images', 'copies', 'call_pipeline', 'check_lengths', 'size_unit', 'check_family', 'check_start',
            'check_model', 'check_request', 'sample']
 
@@ -16,7 +16,8 @@ import copy, inspect
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, inf, isfinite, nextafter
+from fractions import Fraction
+from math import ceil, inf, isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
@@ -404,15 +405,6 @@ def takes_loop(pipe: "diffusers.DiffusionPipeline") -> bool:
     family = family_of(pipe)
     return family.pipeline == "StableDiffusionPipeline" and family.guidance == "mixed"
 
-# %% ../nbs/library/07_generation.ipynb #5890cd3d
-def share_of(steps: int, # that are run
-             total: int,
-            ) -> float: # in [0, 1]
-    "The share whose product with the total is the number of steps exactly, however it is rounded."
-    share = steps / total
-    near = (share, nextafter(share, 1), nextafter(share, 0))
-    return next((s for s in near if s * total == steps), share)
-
 # %% ../nbs/library/07_generation.ipynb #72a6811f
 def from_images(pipe: "diffusers.DiffusionPipeline", # any text-to-image pipeline, with its sampler
                 init_images: np.ndarray, # (n, any, any, 3) uint8
@@ -426,7 +418,7 @@ def from_images(pipe: "diffusers.DiffusionPipeline", # any text-to-image pipelin
     takes = inspect.signature(other.__call__).parameters
     images = [Image.fromarray(pixels) for pixels in resized(init_images, spec.size)]
     total = steps if "original_inference_steps" in takes else spec.steps # LCM
-    how = dict(image=images, strength=share_of(steps, spec.steps), num_inference_steps=total)
+    how = dict(image=images, strength=Fraction(steps, spec.steps), num_inference_steps=total)
     return other, how | {name: spec.size for name in ("height", "width") if name in takes}
 
 # %% ../nbs/library/07_generation.ipynb #0edbef25

@@ -196,6 +196,18 @@ def test_images_from_images_are_those_of_diffusers(name, tiny, real):
     assert away(one, theirs) <= 2
 
 
+@pytest.mark.parametrize("name", ["xl", "sd3", "flux-dev"])
+def test_as_many_steps_are_run_as_are_meant(name, tiny, real):
+    "7 / 25 × 25 is more than 7 in floating point, of which families that subtract make 8 steps."
+    model = tiny(name)
+    network = getattr(model.pipe, "unet", None) or model.pipe.transformer
+    calls = []
+    hook = network.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.draw(replace(started(model, real, 0.28), steps=25), init_images=real.pixels[:2])
+    hook.remove()
+    assert len(calls) == 7
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_the_ends_of_real_guidance(name, tiny, real):
     model = tiny(name)
