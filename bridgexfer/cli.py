@@ -572,6 +572,7 @@ def _open_streams() -> None:
     if sys.stdout is None: sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     if sys.stderr is None: sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
 
+# %% ../nbs/apps/04_cli.ipynb #4bfab386
 def _run(words: list[str]) -> int: # exit code
     "Run a command, and write all of its output."
     _open_streams()

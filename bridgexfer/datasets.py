@@ -141,6 +141,7 @@ def _split_folders(folder: Path) -> dict[str, Path]: # "train", "test" or "val":
     if "train" in there and val and class_folders(val[0]): there["val" if "test" in there else "test"] = val[0]
     return there
 
+# %% ../nbs/library/04_datasets.ipynb #ea6fc5c4
 def folder_layout(folder: Path, # of a dataset
                  ) -> dict[str, Path]: # "train", "test" and perhaps "val", or "": where the class folders are
     "Whether a folder of images is split into train and test."

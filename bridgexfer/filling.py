@@ -33,6 +33,7 @@ class FillSpec:
     counts: tuple[int, ...] # images of each class
     version: int = 1 # of the method
 
+# %% ../nbs/library/27_filling.ipynb #53184e1a
 class FilledSet:
     "The first images of each class of a set, more of some classes than of others."
     def __init__(self, given: ImageSet, # that it is a part of

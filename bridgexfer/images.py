@@ -99,6 +99,7 @@ def _profile(im: Image.Image) -> ImageCms.ImageCmsProfile | None:
     fits = im.mode in spaces.get(profile.profile.xcolor_space.strip(), ())
     return profile if fits and "srgb" not in (profile.profile.profile_description or "").lower() else None
 
+# %% ../nbs/library/01_images.ipynb #49ee984c
 def in_srgb(im: Image.Image) -> Image.Image: # of another mode where a profile was converted
     "The first frame of an image, its colours converted by its profile."
     im.load()

@@ -374,6 +374,7 @@ def _square(path: Path, size: int) -> np.ndarray: # (size, size + 2, 3) uint8, w
     except ValueError: image = np.full((size, size, 3), 128, np.uint8)
     return np.pad(image, ((0, 0), (0, 2), (0, 0)), constant_values=255)
 
+# %% ../../nbs/data/03_check.ipynb #e492130d
 def contact_sheet(folder: str | Path, # a dataset's folder
                   columns: int = 8, # images of each class
                   rows: int = 20, # classes, the first ones
