@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['app', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device', 'Style', 'Profile', 'AsJson', 'Settings', 'KeyValues',
-           'Fetch', 'PerClass', 'Templates', 'Table', 'Captions', 'Domain', 'Prefix', 'Suffix', 'Negative', 'FromReal',
-           'Between', 'Strength', 'Lora', 'LoraScale', 'Synthetic', 'FeaturesOf', 'Backbones', 'Share', 'Threshold',
-           'Backbone', 'Given', 'NoImages', 'Hours', 'Kept', 'Pictures', 'Top', 'Batch', 'Row', 'SEVERAL', 'MEMORY',
-           'GPU', 'NETWORK', 'ENVIRONMENT', 'SYSTEM', 'BUG', 'BROKEN_PIPE', 'KEPT', 'key_values', 'check', 'datasets',
-           'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer', 'predict', 'export', 'plan',
-           'table', 'provenance', 'repeat_option', 'explain', 'WithoutBars', 'interrupted', 'main']
+           'Links', 'Fetch', 'PerClass', 'Templates', 'Table', 'Captions', 'Domain', 'Prefix', 'Suffix', 'Negative',
+           'FromReal', 'Between', 'Strength', 'Lora', 'LoraScale', 'Synthetic', 'FeaturesOf', 'Backbones', 'Share',
+           'Threshold', 'Backbone', 'Given', 'NoImages', 'Hours', 'Kept', 'Pictures', 'Top', 'Batch', 'Row', 'SEVERAL',
+           'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'SYSTEM', 'BUG', 'BROKEN_PIPE', 'KEPT', 'key_values', 'check',
+           'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer', 'predict',
+           'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'WithoutBars', 'interrupted',
+           'main']
 
 # %% ../nbs/apps/04_cli.ipynb #373bd560
 import errno, io, json, os, re, shlex, sys, traceback
@@ -90,14 +91,27 @@ def _answer(code: int, value, text: str, as_json: bool) -> int: # value: for JSO
 def _rows(table) -> list[dict]: # table: a DataFrame; what it lacks is null
     return json.loads(table.to_json(orient="records", double_precision=15))
 
+# %% ../nbs/apps/04_cli.ipynb #5370604d
+Links = Annotated[bool, _flag("--follow-links", "links in the folder lead to its images; .follow-links remembers that")]
+
+def _follow(dataset: str, asked: bool) -> None:
+    "Have links followed, in a folder of the user's."
+    from bridgexfer.data.registry import dataset_folder
+    from bridgexfer.datasets import follow_links
+    if not asked: return
+    folder = dataset_folder(dataset)
+    if folder is None: raise ValueError(f"--follow-links is for a folder of images, and {dataset} is a dataset's name.")
+    follow_links(folder)
+
 # %% ../nbs/apps/04_cli.ipynb #a5d89b13
 @app.command()
 def check(folder: Annotated[str, _argument("FOLDER", "class folders, split or not; or a table, Parquet or .tar files")],
           every: Annotated[bool, _flag("--all", "list every file, not the first three of each kind")] = False,
           csv: Annotated[str | None, _option("FILE", "write the findings as a table as well")] = None,
-          as_json: AsJson = False) -> int:
+          links: Links = False, as_json: AsJson = False) -> int:
     "Look through a folder of labelled images."
     from bridgexfer.data.check import check_folder
+    _follow(folder, links)
     report = check_folder(folder, write=csv)
     return _answer(0 if report.ok else 1, report.to_dict(), report.text(None if every else 3), as_json)
 
@@ -379,13 +393,14 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
              settings: Settings = None, device: Device = None, arch: Backbone = None,
              out: Annotated[str, _option("FOLDER", "a new folder for the classifier")] = "better",
              style: Style = False, synthetic: Given = None, no_images: NoImages = False, hours: Hours = None,
-             profile: Profile = None, as_json: AsJson = False) -> int:
+             links: Links = False, profile: Profile = None, as_json: AsJson = False) -> int:
     "Fine-tune with and without synthetic images, compare on the test images, keep the better classifier."
     from bridgexfer.data.check import check_folder
     from bridgexfer.data.registry import dataset_folder
     from bridgexfer.own_images import compare_own, save_outcome
     folder = _new_folder(out)
     device = _device(device)
+    _follow(dataset, links)
     if dataset_folder(dataset) and not (report := check_folder(dataset)).ok:
         text = f"{report.text()}\nRepair these first; nothing was trained."
         return _answer(1, {"check": report.to_dict()}, text, as_json)
@@ -439,6 +454,16 @@ def export(model: Kept, onnx: Annotated[bool, _flag("--onnx", "as ONNX, the only
     text = (f"{path}: takes RGB images with values in [0, 1], gives probabilities; they differ from PyTorch's by "
             f"{difference:.1g} at most on {CHECKED} images.")
     return _answer(0, {"file": str(path), "difference": difference, "images": CHECKED}, text, as_json)
+
+# %% ../nbs/apps/04_cli.ipynb #6680468f
+@app.command()
+def push(model: Kept, name: Annotated[str, _argument("OWNER/NAME", "a repository on the Hugging Face hub")],
+         public: Annotated[bool, _flag("--public", "anyone may see it (default: private)")] = False,
+         as_json: AsJson = False) -> int:
+    "Put a kept classifier on the hub: weights, configuration and card, not the report. Log in with `hf auth login`."
+    from bridgexfer.classifier import push_classifier
+    address = push_classifier(model, name, public)
+    return _answer(0, {"address": address, "public": public}, address, as_json)
 
 # %% ../nbs/apps/04_cli.ipynb #aa8f2b6f
 def _study(words: list[str] | None):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GLYPHS', 'LITTER', 'SPLITS', 'SPLIT_OF', 'FOLLOW', 'Augment', 'DatasetInfo', 'Dataset', 'Varied', 'with_recipe',
-           'is_litter', 'follows_links', 'walk_folder', 'class_folders', 'folder_layout', 'content_number', 'held_out',
-           'plain', 'given_names', 'prompt_names', 'class_files', 'split_by_content', 'folder_files', 'info_of',
-           'folder_info', 'hold_out', 'few_shot']
+           'is_litter', 'follows_links', 'follow_links', 'walk_folder', 'class_folders', 'folder_layout',
+           'content_number', 'held_out', 'plain', 'given_names', 'prompt_names', 'class_files', 'split_by_content',
+           'folder_files', 'info_of', 'folder_info', 'hold_out', 'few_shot']
 
 # %% ../nbs/library/04_datasets.ipynb #bc341af7
 from collections.abc import Iterable, Iterator
@@ -97,6 +97,10 @@ FOLLOW = ".follow-links" # a file in a dataset's folder: links lead to images of
 def follows_links(top: Path) -> bool: # top: a dataset's folder, or its train or test
     "Whether the links in a dataset's folder are followed."
     return (top/FOLLOW).exists() or top.name.casefold() in SPLIT_OF and (top.parent/FOLLOW).exists()
+
+def follow_links(top: Path) -> None: # top: a dataset's folder
+    "Have the links in a dataset's folder followed, from now on and by every command."
+    (top/FOLLOW).touch()
 
 def _kind_of(path: Path, root: Path, follow: bool) -> str: # "image", "other", "hidden", "litter", "link" or "folder"
     if is_litter(path): return "litter"

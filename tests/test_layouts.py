@@ -273,3 +273,17 @@ def test_a_large_dataset_is_mapped_and_memory_is_flat(size, tmp_path, monkeypatc
     assert (many - few) / 400 < 3000, "bytes an image; its pixels, and its file, have 12,288"
     monkeypatch.setattr(layouts.Reading, "__iter__", lambda self: 1 / 0) # found, not read again
     assert layouts.load_layout(tmp_path/"few", size, tmp_path/"data")[0].digest == plain
+
+
+def test_the_switch_for_links_is_remembered(images, tmp_path, capsys):
+    train_and_test(tmp_path/"here", images)
+    moved = tmp_path/"here/train/owl/away.png"
+    put(tmp_path/"elsewhere.png", png(np.zeros((8, 8, 3), np.uint8) + np.arange(8, dtype=np.uint8)[:, None, None]))
+    moved.symlink_to(tmp_path/"elsewhere.png")
+    folder = str(tmp_path/"here")
+    assert main(["check", folder]) == 1 and "away.png" in capsys.readouterr().out
+    assert main(["check", folder, "--follow-links"]) == 0 and (tmp_path/"here"/FOLLOW).exists()
+    assert main(["check", folder]) == 0 # from now on
+    capsys.readouterr()
+    assert main(["transfer", "digits", "--follow-links", "--out", str(tmp_path/"out")]) == 2
+    assert "--follow-links is for a folder of images" in capsys.readouterr().err
