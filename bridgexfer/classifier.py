@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/apps/01_classifier.ipynb #4b1a4ca6
 from .artefacts import atomic, read_json

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .artefacts import stable_hash, unhashed
 from .finetune import check_finite
 from .fixed_features import FeatureSpec, Head, cached_features, head_predict, head_result

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .artefacts import atomic, stable_hash
 from .backbones import input_config, model_name
 from .datasets import Augment

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .artefacts import atomic, found_or_made, spec_hash, stable_hash
 from .backbones import create_backbone, reset_head
 from .datasets import Augment

@@ -26,7 +26,7 @@ import warnings
 import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .artefacts import atomic
 
 # %% ../nbs/library/01_images.ipynb #6d1efd38

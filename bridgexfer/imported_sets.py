@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/library/23_imported_sets.ipynb #2ca5a466
 from .artefacts import atomic, found_or_made, read_json, unhashed

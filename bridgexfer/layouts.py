@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .artefacts import stable_hash
 from .datasets import SPLIT_OF, SPLITS, DatasetInfo, class_files, class_folders, folder_info, folder_layout
 from .datasets import info_of, plain, split_by_content

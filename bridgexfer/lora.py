@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .artefacts import STATE, atomic, found_or_made, provenance, spec_hash, stable_hash
 from .generation import check_choice, check_lengths, check_whole, embed
 from .images import Images

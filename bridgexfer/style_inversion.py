@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .artefacts import STATE, atomic, found_or_made, provenance, spec_hash, stable_hash
 from .generation import check_choice, check_lengths, check_whole, embed, encode, make_scheduler
 from .images import Images

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .artefacts import atomic, provenance, read_json, spec_hash, stable_hash, write_json
 from .generation import BETWEEN, SOFTNESS, SYNTHESIS_VERSION, Row, SynthesisSpec
 from .generation import check_family, check_lengths, check_model, check_whole, embed, negative_of

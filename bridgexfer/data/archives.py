@@ -19,7 +19,7 @@ from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import Any
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..artefacts import PACKAGE, stable_hash
 
 # %% ../../nbs/data/01_archives.ipynb #16f45677

@@ -16,7 +16,7 @@ import hashlib
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..artefacts import atomic
 from ..images import PIXEL_LIMIT, SUFFIXES, TooLarge, in_srgb, open_image, orientation, read_image, upright
 from ..prompts import name_of_folder, names_nothing

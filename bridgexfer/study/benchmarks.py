@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..artefacts import PACKAGE, atomic
 
 # %% ../../nbs/study/09_benchmarks.ipynb #ec143bd1
