@@ -932,6 +932,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'bridgexfer.models.find_weights': ('library/models.html#find_weights', 'bridgexfer/models.py'),
                                    'bridgexfer.models.guidance_of': ('library/models.html#guidance_of', 'bridgexfer/models.py'),
                                    'bridgexfer.models.image_to_image': ('library/models.html#image_to_image', 'bridgexfer/models.py'),
+                                   'bridgexfer.models.in_batches': ('library/models.html#in_batches', 'bridgexfer/models.py'),
                                    'bridgexfer.models.is_single': ('library/models.html#is_single', 'bridgexfer/models.py'),
                                    'bridgexfer.models.licence_of': ('library/models.html#licence_of', 'bridgexfer/models.py'),
                                    'bridgexfer.models.load_pipeline': ('library/models.html#load_pipeline', 'bridgexfer/models.py'),

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from .artefacts import stable_hash, unhashed
-from .models import OFFLOADS, PRECISIONS, Family, family_of, find_weights, lora_name, runs_on
+from .models import OFFLOADS, PRECISIONS, Family, family_of, find_weights, in_batches, lora_name, runs_on
 from .models import why_no_tokens, why_not_from_images, why_not_guided
 from .prompts import templates
 from .user_prompts import UserPrompts
@@ -544,7 +544,7 @@ def sample(pipe: "diffusers.DiffusionPipeline", # from `load_pipeline`
            cache: dict[str, torch.Tensor] | None = None, # embeddings of earlier prompts
            init_images: np.ndarray | None = None, # (n, any, any, 3) uint8 to start from, with spec.strength
           ) -> np.ndarray: # (n, size, size, 3) uint8
-    "Images for prompts, `spec.batch` at a time."
+    "Images for prompts, `spec.batch` at a time, or as many as fit."
     check_request(pipe, prompts, seeds, spec, init_images)
     cache = {} if cache is None else cache
     by_hand = takes_loop(pipe)
@@ -557,7 +557,7 @@ def sample(pipe: "diffusers.DiffusionPipeline", # from `load_pipeline`
         c = embed(pipe, some, cache)
         away = embed(pipe, [negative_of(spec)], cache)
         return decode(pipe, denoise(pipe, spec, c, away, generators, moments))
-    return np.concatenate([batch(slice(at, at + spec.batch)) for at in range(0, len(prompts), spec.batch)])
+    return np.concatenate(in_batches(batch, len(prompts), spec.batch))
 
 # %% ../nbs/library/07_generation.ipynb #65a504c2
 STRENGTHS = {16: 0.15, 8: 0.20, 4: 0.35, 2: 0.40, 1: 0.50} # shots -> strength

@@ -6,18 +6,20 @@
 __all__ = ['KINDS', 'SHIPPED', 'WEIGHTS_FILE', 'CONFIG_FILE', 'OPENED', 'CLIP_FILES', 'PRECISIONS', 'OFFLOADS', 'ENCODERS',
            'NETWORKS', 'FAMILIES', 'LICENCES', 'OPENRAIL', 'TOKENS_FILE', 'LORA_FILE', 'LORA_RECORD', 'ADAPTER',
            'Location', 'is_single', 'find_model', 'pinned', 'weights_of', 'find_weights', 'model_folder', 'quiet',
-           'unopened', 'place', 'runs_on', 'load_pipeline', 'Family', 'prediction_of', 'guidance_of', 'family_of',
-           'find_family', 'licence_of', 'notice', 'image_to_image', 'why_not_from_images', 'why_not_guided',
-           'why_no_tokens', 'why_not_inverted', 'what_families_do', 'read_tokens', 'load_token', 'lora_files',
-           'lora_digest', 'lora_name', 'adaptable', 'adapter_weights', 'put_lora', 'adapted']
+           'unopened', 'place', 'runs_on', 'load_pipeline', 'in_batches', 'Family', 'prediction_of', 'guidance_of',
+           'family_of', 'find_family', 'licence_of', 'notice', 'image_to_image', 'why_not_from_images',
+           'why_not_guided', 'why_no_tokens', 'why_not_inverted', 'what_families_do', 'read_tokens', 'load_token',
+           'lora_files', 'lora_digest', 'lora_name', 'adaptable', 'adapter_weights', 'put_lora', 'adapted']
 
 # %% ../nbs/library/06_models.ipynb #53f1ec48
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from math import ceil
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -211,6 +213,25 @@ def load_pipeline(model: str, # "miniature", a folder, "id" or "id@revision"
     for network in filter(None, networks):
         if torch.device(device).type == "cuda": network.to(memory_format=torch.channels_last)
     return pipe
+
+# %% ../nbs/library/06_models.ipynb #a54ddb04
+def in_batches(work: Callable[[slice], Any], # a part of n things -> its result
+               n: int,
+               batch: int, # things at a time, at most
+              ) -> list[Any]: # results, in order
+    "Work on n things, with half as many at a time whenever a GPU's memory is exhausted."
+    results = []
+    at = 0
+    while at < n:
+        part = slice(at, min(at + batch, n))
+        try: results.append(work(part))
+        except torch.OutOfMemoryError:
+            tried = part.stop - at
+            if tried == 1: raise
+            batch = ceil(tried / 2)
+            warnings.warn(f"The GPU's memory is too small for {tried} at a time: trying {batch}.", stacklevel=2)
+        else: at = part.stop
+    return results
 
 # %% ../nbs/library/06_models.ipynb #2bf441a5
 class Family(NamedTuple):

@@ -724,3 +724,26 @@ def test_a_large_plan_takes_seconds():
     rows = plan(spec, 0, 3000)
     assert time.process_time() - started < 30
     assert len(rows) == 1_200_000 and rows[:8000] == plan(spec, 0, 20) and rows[-8000:] == plan(spec, 2980, 3000)
+
+
+# ---- memory
+
+def test_images_do_not_depend_on_the_memory(pipe, spec, monkeypatch):
+    "A device that holds two images at a time draws those of batches of two, and says so."
+    rows = plan(spec, 0, 1)[:6]
+    network = pipe.unet.forward
+    def small(z, *args, **kwargs):
+        if len(z) > 2 * (1 + (spec.guidance != 1)): raise torch.OutOfMemoryError("CUDA out of memory")
+        return network(z, *args, **kwargs)
+
+    two = draw(pipe, rows, replace(spec, batch=2))
+    monkeypatch.setattr(pipe.unet, "forward", small)
+    with pytest.warns(UserWarning, match="too small for 6 at a time: trying 3"):
+        assert np.abs(draw(pipe, rows, replace(spec, batch=6)).astype(int) - two).max() <= 1
+
+
+def test_memory_that_holds_no_image_is_an_error(pipe, spec, monkeypatch):
+    def none(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(pipe.unet, "forward", none)
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError):
+        draw(pipe, plan(spec, 0, 1)[:4], spec)
