@@ -75,7 +75,7 @@ check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab nbs
 
-docs: $(STAMP) ## the site in _site, from the notebooks (6 minutes the first time on two cores)
+docs: $(STAMP) ## the site in _site, from the notebooks (2 minutes the first time on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python docs/pages.py
 	@$(RUN) OMP_NUM_THREADS=1 sphinx-build -W --keep-going -j auto -c docs -d runs/site/doctrees _pages _site
 	@echo "The site: _site/index.html, or make docs-serve"
@@ -86,7 +86,7 @@ docs-serve: docs ## show the site on localhost, at PORT=8000
 readme: $(STAMP) ## write README.md from nbs/index.ipynb
 	@$(RUN) python docs/readme.py
 
-outputs: $(STAMP) ## execute the tour and the notebooks that export, and store what they show (20 minutes); PAPER=1 stores what `make paper` left
+outputs: $(STAMP) ## execute the tour, the tutorials and the notebooks that export, and store what they show (20 minutes); PAPER=1 stores what `make paper` left
 	@$(RUN) OMP_NUM_THREADS=1 python docs/outputs.py $(if $(strip $(PAPER)),--paper $(PROFILE))
 
 # What a machine measures: at miniature scale on a CPU, at the models' own sizes on a GPU.

@@ -1,6 +1,6 @@
 """Store outputs in the notebooks that are read on GitHub: `python docs/outputs.py [NOTEBOOK ...]`, or `make outputs`.
 
-Without arguments: the tour and the notebooks that define the package. Each is executed in place. What a reader sees is
+Without arguments: the tour, the tutorials and the notebooks that define the package, each executed in place. What a reader sees is
 kept, up to LIMIT bytes a cell: text, tables, pictures. What differs from run to run is not: progress bars, warnings,
 counts, times, temporary folders. A cell tagged `unstored`, such as one that prints seconds, keeps nothing.
 
@@ -219,7 +219,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--paper"]:
         left_out = store_paper(" ".join(sys.argv[2:]))
         sys.exit("\n".join(left_out) or 0)
-    wings = [p for wing in ("library", "data", "study", "apps") for p in sorted((ROOT/"nbs"/wing).glob("*.ipynb"))]
+    folders = ("library", "data", "study", "apps", "tutorials")
+    wings = [p for folder in folders for p in sorted((ROOT/"nbs"/folder).glob("*.ipynb"))]
     for path in map(Path, sys.argv[1:] or [ROOT/"nbs/00_tour.ipynb", *wings]):
         print(path.name, flush=True)
         for sentence in store(path): print(f"  {sentence}")

@@ -252,8 +252,8 @@ def test_the_tour_shows_its_outputs():
     assert len(pictures) >= 2 and "text/html" in shown and "text" in shown
 
 
-@pytest.mark.parametrize("notebook", LIBRARY, ids=name)
-def test_the_library_shows_outputs(notebook):
+@pytest.mark.parametrize("notebook", [*LIBRARY, *(p for p in TUTORIALS if not p.stem.startswith("playing"))], ids=name)
+def test_notebooks_show_outputs(notebook):
     "Its pages of the site are not executed: they show what is stored."
     shown = [cell for cell in cells(notebook) if cell["outputs"]]
     assert shown, f"run docs/outputs.py {notebook.relative_to(ROOT)}"
