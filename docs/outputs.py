@@ -1,8 +1,9 @@
 """Store outputs in the notebooks that are read on GitHub: `python docs/outputs.py [NOTEBOOK ...]`, or `make outputs`.
 
-Without arguments: the tour, the tutorials and the notebooks that define the package, each executed in place. What a reader sees is
-kept, up to LIMIT bytes a cell: text, tables, pictures. What differs from run to run is not: progress bars, warnings,
-counts, times, temporary folders. A cell tagged `unstored`, such as one that prints seconds, keeps nothing.
+Without arguments: the tour, the tutorials and the notebooks that define the package, each executed in place. What a
+reader sees is kept, up to LIMIT bytes a cell: text, tables, pictures. What differs from run to run is not: progress
+bars, warnings, counts, times, temporary folders. A cell tagged `unstored`, such as one that prints seconds, keeps
+nothing.
 
 With `--paper [PROFILE]`, or `make outputs PAPER=1`: the paper's pages, which are not executed here. Their outputs are
 those of the last complete run, from runs/PROFILE/notebooks.
