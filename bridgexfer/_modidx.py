@@ -30,6 +30,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'bridgexfer.artefacts._new_mode': ('library/artefacts.html#_new_mode', 'bridgexfer/artefacts.py'),
                                       'bridgexfer.artefacts._notebook_source': ( 'library/artefacts.html#_notebook_source',
                                                                                  'bridgexfer/artefacts.py'),
+                                      'bridgexfer.artefacts._read_code': ('library/artefacts.html#_read_code', 'bridgexfer/artefacts.py'),
                                       'bridgexfer.artefacts._sweep': ('library/artefacts.html#_sweep', 'bridgexfer/artefacts.py'),
                                       'bridgexfer.artefacts._text': ('library/artefacts.html#_text', 'bridgexfer/artefacts.py'),
                                       'bridgexfer.artefacts.address': ('library/artefacts.html#address', 'bridgexfer/artefacts.py'),

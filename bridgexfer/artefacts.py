@@ -219,14 +219,24 @@ def _notebook_source(notebook: str | Path) -> str:
     cells = [c for c in read_json(notebook)["cells"] if c["cell_type"] == "code"]
     return "\n".join("".join(c["source"]) for c in cells if "parameters" not in c["metadata"].get("tags", []))
 
+@lru_cache(maxsize=None)
+def _read_code(source: str, # Python
+               module: str = "", # whose code it is
+              ) -> tuple[str, frozenset[str]]: # the code as a tree in words; the modules of this package behind it
+    "What is hashed of some code; the notebooks of a study share most of it."
+    tree = _bare(source)
+    return ast.dump(tree), frozenset(_imports(tree, module))
+
+# %% ../nbs/library/00_artefacts.ipynb #27a69b65
 def code_hash(notebook: str | Path) -> str: # 16 hexadecimal digits
     "A hash of a notebook's code and of all this package's code behind it, blind to prose, comments and docstrings."
-    trees = [_bare(_notebook_source(notebook))]
-    todo = _imports(trees[0])
+    code, todo = _read_code(_notebook_source(notebook))
+    trees = [code]
     seen = set()
     while todo:
         module = min(todo)
         seen.add(module)
-        trees.append(_bare(_module_source(module)))
-        todo = (todo | _imports(trees[-1], module)) - seen
-    return hashlib.sha256("\n".join(map(ast.dump, trees)).encode()).hexdigest()[:16]
+        code, behind = _read_code(_module_source(module), module)
+        trees.append(code)
+        todo = (todo | behind) - seen
+    return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:16]
