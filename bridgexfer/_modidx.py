@@ -348,6 +348,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'bridgexfer.data.check._copy_findings': ( 'data/check.html#_copy_findings',
                                                                                  'bridgexfer/data/check.py'),
                                        'bridgexfer.data.check._count': ('data/check.html#_count', 'bridgexfer/data/check.py'),
+                                       'bridgexfer.data.check._doubtful': ('data/check.html#_doubtful', 'bridgexfer/data/check.py'),
                                        'bridgexfer.data.check._first_images': ('data/check.html#_first_images', 'bridgexfer/data/check.py'),
                                        'bridgexfer.data.check._hides_images': ('data/check.html#_hides_images', 'bridgexfer/data/check.py'),
                                        'bridgexfer.data.check._is_odd': ('data/check.html#_is_odd', 'bridgexfer/data/check.py'),

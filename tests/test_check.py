@@ -520,6 +520,15 @@ def test_classes_that_name_nothing_are_a_warning(folder, name):
     assert not found(folder)
 
 
+def test_identifiers_of_wordnet_are_named_and_a_warning_says_how(folder):
+    for split in ("train", "test"): (folder/split/"owl").rename(folder/split/"n01440764")
+    assert "tench" in load_dataset(str(folder)).info.names
+    [row] = check_folder(folder).findings.to_dict("records")
+    assert (row["kind"], row["level"]) == ("WordNet", "warning") and 'read "a photo of a tench.".' in row["text"]
+    (folder/"names.json").write_text(json.dumps({"n01440764": "tinca tinca"}))
+    assert not found(folder)
+
+
 def photo(seed): # smooth, as photographs are
     return noise(seed, 6, 8).resize((160, 120), Image.BICUBIC)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 from ..artefacts import atomic
 from ..images import PIXEL_LIMIT, SUFFIXES, TooLarge, in_srgb, open_image, orientation, read_image, upright
-from ..prompts import name_of_folder, names_nothing
+from ..prompts import name_of_folder, names_nothing, synset_name
 from ..datasets import FOLLOW, SPLITS, folder_layout, held_out, plain, prompt_names, walk_folder
 from ..imported_sets import NamedFile
 from ..layouts import Layout, find_layout, folder_classes
@@ -70,7 +70,7 @@ def layout_entries(folder: Path, layout: Layout) -> list[Entry]: # layout: from 
 # %% ../../nbs/data/03_check.ipynb #e26b3282
 KINDS = { # by level, in the order of the report
     "error": ("unreadable", "too large", "link", "leak", "contradiction", "missing", "one class", "prompt names"),
-    "warning": ("not read", "duplicate", "small", "dark", "single", "nameless", "similar names", "odd name"),
+    "warning": ("not read", "duplicate", "small", "dark", "single", "nameless", "WordNet", "similar names", "odd name"),
     "note": ("colours", "CMYK", "16 bits", "palette", "transparent", "frames", "turned", "ignored")}
 FINDINGS = {kind: level for level, kinds in KINDS.items() for kind in kinds}
 
@@ -230,6 +230,20 @@ def _lacking(row: pd.Series) -> tuple[str, str] | None: # kind of finding, text
     if row["train"] > 1: return None
     return "single", "has one training image, so none can be held out for validation: add images if you can."
 
+# %% ../../nbs/data/03_check.ipynb #9cf863d2
+def _doubtful(c: str, # a class folder
+              name: str, # of the class
+             ) -> tuple[str, str] | None: # kind of finding, text
+    "What may be wrong with the name that prompts have for a class."
+    reads = f'prompts {{}} "a photo of a {name}.".'
+    if names_nothing(name):
+        return "nameless", (f"names nothing: {reads.format('would read')} Say what the class shows in names.json, "
+                            f'as in {{"{c}": "tench"}}.')
+    if name == synset_name(c):
+        return "WordNet", (f"is an identifier of WordNet: {reads.format('read')} If the class is meant otherwise, say "
+                           f'so in names.json, as in {{"{c}": "tench"}}.')
+    return None
+
 # %% ../../nbs/data/03_check.ipynb #b68e15e2
 def class_findings(folder: Path, # of the dataset
                    counts: pd.DataFrame, # index: class folders; name, and the images that can be read in train and test
@@ -246,10 +260,7 @@ def class_findings(folder: Path, # of the dataset
             text = f"is called {row['name']}, and another class {alike[0]}: give it a name of its own in names.json."
             yield finding(entry, "similar names", text)
         if lacking := _lacking(row): yield finding(entry, *lacking)
-        if names_nothing(row["name"]):
-            text = (f'names nothing: prompts would read "a photo of a {row["name"]}.". Say what the class shows in '
-                    f'names.json, as in {{"{c}": "tench"}}.')
-            yield finding(entry, "nameless", text)
+        if doubtful := _doubtful(c, row["name"]): yield finding(entry, *doubtful)
 
 # %% ../../nbs/data/03_check.ipynb #7f5e1060
 def _is_odd(name: str) -> bool:
