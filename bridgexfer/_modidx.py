@@ -944,6 +944,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'bridgexfer.models.lora_name': ('library/models.html#lora_name', 'bridgexfer/models.py'),
                                    'bridgexfer.models.model_folder': ('library/models.html#model_folder', 'bridgexfer/models.py'),
                                    'bridgexfer.models.notice': ('library/models.html#notice', 'bridgexfer/models.py'),
+                                   'bridgexfer.models.opening': ('library/models.html#opening', 'bridgexfer/models.py'),
                                    'bridgexfer.models.pinned': ('library/models.html#pinned', 'bridgexfer/models.py'),
                                    'bridgexfer.models.place': ('library/models.html#place', 'bridgexfer/models.py'),
                                    'bridgexfer.models.prediction_of': ('library/models.html#prediction_of', 'bridgexfer/models.py'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KINDS', 'SHIPPED', 'WEIGHTS_FILE', 'CONFIG_FILE', 'OPENED', 'CLIP_FILES', 'PRECISIONS', 'OFFLOADS', 'ENCODERS',
            'NETWORKS', 'FAMILIES', 'LICENCES', 'OPENRAIL', 'TOKENS_FILE', 'LORA_FILE', 'LORA_RECORD', 'ADAPTER',
-           'Location', 'is_single', 'find_model', 'pinned', 'weights_of', 'find_weights', 'model_folder', 'quiet',
-           'unopened', 'place', 'runs_on', 'load_pipeline', 'in_batches', 'Family', 'prediction_of', 'guidance_of',
-           'family_of', 'find_family', 'licence_of', 'notice', 'image_to_image', 'why_not_from_images',
+           'Location', 'is_single', 'find_model', 'pinned', 'weights_of', 'find_weights', 'opening', 'model_folder',
+           'quiet', 'unopened', 'place', 'runs_on', 'load_pipeline', 'in_batches', 'Family', 'prediction_of',
+           'guidance_of', 'family_of', 'find_family', 'licence_of', 'notice', 'image_to_image', 'why_not_from_images',
            'why_not_guided', 'why_no_tokens', 'why_not_inverted', 'what_families_do', 'read_tokens', 'load_token',
            'lora_files', 'lora_digest', 'lora_name', 'adaptable', 'adapter_weights', 'put_lora', 'adapted']
 
@@ -115,20 +115,26 @@ def _download(kind: str) -> Callable[..., str]: # takes the name of a model, `re
     return partial(snapshot_download, allow_patterns=list(CLIP_FILES))
 
 # %% ../nbs/library/06_models.ipynb #11088628
+@contextmanager
+def opening(model: str, # as it was asked for
+            kind: str = "pipeline", # a name in KINDS
+           ) -> Iterator[None]:
+    "An error on the way from the hub says which model it is about."
+    try: yield
+    except OSError as e:
+        raise OSError(f"Cannot open the {KINDS[kind][0]} {model!r}: there is no folder of this name, it is not whole "
+                      f"(as safetensors) in the cache {constants.HF_HUB_CACHE}, and {e}.") from None
+
 def model_folder(model: str, # as it was asked for
                  location: Location, # from `pinned`
                  kind: str = "pipeline", # a name in KINDS
                 ) -> Path:
     "The folder of a model, fetched if need be; an `OSError` says why it cannot be had."
     if location.folder: return location.folder
-    what, config = KINDS[kind]
     name, commit = location.name, location.revision
-    try:
-        fetch_file(name, config, commit)
+    with opening(model, kind):
+        fetch_file(name, KINDS[kind][1], commit)
         return fetch_folder(_download(kind), name, commit)
-    except OSError as e:
-        raise OSError(f"Cannot open the {what} {model!r}: there is no folder of this name, it is not whole "
-                      f"(as safetensors) in the cache {constants.HF_HUB_CACHE}, and {e}.") from None
 
 # %% ../nbs/library/06_models.ipynb #ab03a19b
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -273,7 +279,9 @@ def _read(location: Location, # from `pinned`
           path: str, # of a JSON file in the model's folder
          ) -> dict[str, Any]:
     "A configuration of a model, fetched if need be."
-    if not location.folder: return read_json(fetch_file(location.name, path, location.revision))
+    name, commit = location.name, location.revision
+    if not location.folder:
+        with opening(f"{name}@{commit}"): return read_json(fetch_file(name, path, commit))
     folder = location.folder if location.folder.is_dir() else location.folder.with_suffix("")
     return read_json(folder/path)
 
