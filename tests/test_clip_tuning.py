@@ -262,7 +262,7 @@ def test_mistakes_name_what_is_wrong(clip, data, spec, toy, root):
         (lambda: replace(spec, per_class=3), "takes no synthesis"),
         (lambda: replace(spec, epochs=0), "epochs > 0"),
         (lambda: run(mixed), "needs synthetic images"),
-        (lambda: run(mixed, synthetic=other), "other classes"),
+        (lambda: run(mixed, synthetic=other), "different classes"),
         (lambda: run(replace(mixed, per_class=9), synthetic=synthetic), "asks for 9 synthetic images"),
         (lambda: run(replace(spec, shots=8)), "asks for 8 real images"),
         (lambda: run(spec, test=real), "the test images given"),
