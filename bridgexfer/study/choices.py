@@ -289,6 +289,7 @@ NO_RESULT = { # pattern -> why no result depends on it
         "BALANCES", "FORMATS", "TOKENS", "PRECISIONS", "AUTOCAST", "METRICS", "FIXED_PIPELINES", "VERDICTS")},
     "generation:AT_ONCE": "what fits in memory",
     "generation:BETWEEN": "a word of a spec",
+    "study.engine:COUNT": "how tqdm writes", "study.engine:BAR": "how tqdm writes",
     "statistics:FALSE_VERDICTS": "what a simulation found",
     "statistics:POWER": "of an effect that could have been seen",
 }
