@@ -59,7 +59,7 @@ tune: $(STAMP) ## choose the hyper-parameters on validation data: Table 5, which
 datasets: $(STAMP) ## the paper's ten datasets: found or not, and what to do; FETCH="pets dtd" downloads
 	@$(RUN) bridgexfer datasets $(if $(strip $(PROFILE)),--profile "$(strip $(PROFILE))") $(if $(strip $(FETCH)),--fetch $(FETCH))
 
-test: $(STAMP) ## modules, notebooks and the core of the study (about 15 minutes on two cores)
+test: $(STAMP) ## modules, notebooks and the core of the study (about 10 minutes on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)
 
 test-all: $(STAMP) ## the same, and every job and paper notebook, faults, a model of full size, a SLURM, the site in a browser (an hour on two cores)
