@@ -40,11 +40,11 @@ help: ## this list
 
 env: $(STAMP) ## the environment in .venv, from requirements.lock; made once, and again when the lock changes
 
-study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10
+study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10 (23 minutes on two cores)
 	@$(WORKFLOW) study $(WITH)
 	@$(RUN) bridgexfer table $(CONFIG)
 
-paper: $(STAMP) ## every table and figure, and the controls (90 minutes on two cores; stop it and run it again as you like)
+paper: $(STAMP) ## every table and figure, and the controls (by the plan two hours on two cores; stop it and run it again as you like)
 	@$(WORKFLOW) paper $(WITH)
 
 plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk, as in: make plan PROFILE=paper
@@ -53,7 +53,7 @@ plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk
 provenance: $(STAMP) ## from a number back to its runs, notebooks and commands: make provenance RESULT="tab2_pipelines digits bridged_pp shots=0"
 	@$(RUN) bridgexfer provenance '$(strip $(RESULT))' $(if $(strip $(PROFILE)),--profile "$(strip $(PROFILE))")
 
-tune: $(STAMP) ## choose the hyper-parameters on validation data: Table 5, which `make study` reads
+tune: $(STAMP) ## choose the hyper-parameters on validation data: Table 5, which `make study` reads (by the plan an hour on two cores)
 	@$(WORKFLOW) learning_rates $(WITH)
 
 datasets: $(STAMP) ## the paper's ten datasets: found or not, and what to do; FETCH="pets dtd" downloads
