@@ -152,6 +152,11 @@ def test_the_wheel_has_all_that_the_package_reads(wheel):
 
 # ---- the whole path
 
+def alone(): # `make` sets PYTHONPATH to the clone
+    "The variables of a user who has no clone."
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | OFFLINE
+
+
 class Machine:
     "An environment that has the wheel, and an empty folder to work in."
     def __init__(self, home, wheel):
@@ -159,15 +164,14 @@ class Machine:
         self.python = home/"env"/"bin"/"python"
         site = next((home/"env").glob("lib/python*/site-packages"))
         pip = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "--no-deps", "--no-index", wheel], check=True)
+        subprocess.run([*pip, "--no-deps", "--no-index", wheel], check=True, env=alone())
         (site/"dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
         self.folder = home/"empty"
         self.folder.mkdir()
 
     def run(self, *words):
         "What a command prints, and what it says besides."
-        env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-        done = subprocess.run([self.python.with_name("bridgexfer"), *words], cwd=self.folder, env={**env, **OFFLINE},
+        done = subprocess.run([self.python.with_name("bridgexfer"), *words], cwd=self.folder, env=alone(),
                               capture_output=True, encoding="utf-8")
         assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         return done.stdout
@@ -177,7 +181,7 @@ class Machine:
 def test_from_images_to_a_report_predictions_and_onnx(wheel, tmp_path):
     machine = Machine(tmp_path, wheel)
     code = "import bridgexfer; print(bridgexfer.__file__)"
-    where = subprocess.check_output([machine.python, "-c", code], cwd=machine.folder, encoding="utf-8")
+    where = subprocess.check_output([machine.python, "-c", code], cwd=machine.folder, env=alone(), encoding="utf-8")
     assert where.startswith(str(tmp_path))
     scans = write_folder(machine.folder/"my scans")
     assert "class" in machine.run("check", "my scans")
