@@ -6,8 +6,7 @@
 __all__ = ['TEMPLATE', 'TARGETS', 'LORA_VERSION', 'LoraSpec', 'same_spelling', 'check_lora_spec', 'lora_spec', 'inserted',
            'first_weights', 'loras', 'class_of', 'LoraTask', 'lora_task', 'draw_images', 'prompt_embeddings',
            'lora_loss', 'rate', 'begun', 'part_of', 'optimiser_of', 'remember', 'one_step', 'learn_lora',
-           'set_matrices', 'lora_file', 'lora_path', 'train_loras', 'check_lora_images', 'lora_curve', 'open_base',
-           'build_lora', 'adapt']
+           'set_matrices', 'lora_file', 'lora_path', 'train_loras', 'check_lora_images', 'build_lora', 'adapt']
 
 # %% ../nbs/library/10_lora.ipynb #239546f1
 import time
@@ -25,9 +24,10 @@ from tqdm import tqdm
 from .artefacts import STATE, atomic, found_or_made, provenance, spec_hash, stable_hash
 from .generation import check_choice, check_lengths, check_whole, embed
 from .images import Images
-from .models import ADAPTER, LORA_FILE, LORA_RECORD, SHIPPED, adapter_weights, find_weights, lora_digest
-from .models import load_pipeline
-from .style_inversion import AUTOCAST, arithmetic, frozen, latent_moments, noise_error, noise_schedule, noisy
+from .models import ADAPTER, LORA_FILE, LORA_RECORD, SHIPPED, adapter_weights, family_of, find_weights
+from .models import lora_digest
+from .style_inversion import AUTOCAST, arithmetic, check_inverts, frozen, latent_moments, loss_curve
+from .style_inversion import noise_error, noise_schedule, noisy, open_model
 if TYPE_CHECKING: import diffusers
 
 # %% ../nbs/library/10_lora.ipynb #c85e0477
@@ -354,28 +354,6 @@ def check_lora_images(spec: LoraSpec,
         raise ValueError(f"There are no images of {', '.join(empty)} to learn a LoRA from: "
                          "add some, or leave the class out.")
 
-# %% ../nbs/library/10_lora.ipynb #87cf3e4b
-def lora_curve(spec: LoraSpec,
-               losses: torch.Tensor, # (LoRAs, steps)
-               points: int = 50, # of the curve, at most about this many
-              ) -> dict[str, Any]: # `stretch`, the steps averaged in one number, and `loss`, those of each LoRA
-    "The course of the loss."
-    stretch = max(1, spec.steps // points)
-    def means(course): return [round(float(part.mean()), 6) for part in course.split(stretch)] if spec.steps else []
-    names = [class_of(spec, which) or spec.dataset for which in loras(spec)]
-    return dict(stretch=stretch, loss={name: means(course) for name, course in zip(names, losses)})
-
-# %% ../nbs/library/10_lora.ipynb #0b85f337
-def open_base(spec: LoraSpec,
-              model: str, # as in `load_pipeline`
-              device: str, # where it will run
-             ) -> "diffusers.StableDiffusionPipeline":
-    "The pipeline of a spec."
-    now = find_weights(model)
-    if now == spec.weights: return load_pipeline(model, "float32", device)
-    raise ValueError(f"The weights of {model!r} are not those of this spec ({now}, not {spec.weights}): "
-                     "make a new spec with lora_spec.")
-
 # %% ../nbs/library/10_lora.ipynb #4ec6c852
 def build_lora(spec: LoraSpec,
                folder: Path, # of the spec
@@ -400,7 +378,8 @@ def build_lora(spec: LoraSpec,
     seconds = float(state["seconds"])
     made_by = provenance(started, pipe.device, total * spec.batch, seconds) | dict(seconds=round(seconds, 2))
     identity = dict(hash=spec_hash(spec), digest=lora_digest(folder))
-    return dict(**identity, curve=lora_curve(spec, state["losses"]), **made_by, peft=version("peft"))
+    names = [class_of(spec, which) or spec.dataset for which in loras(spec)]
+    return dict(**identity, curve=loss_curve(names, state["losses"]), **made_by, peft=version("peft"))
 
 # %% ../nbs/library/10_lora.ipynb #95a5bcc6
 def adapt(spec: LoraSpec,
@@ -416,6 +395,7 @@ def adapt(spec: LoraSpec,
     "Learn the LoRAs of a spec, if they are not there yet."
     def build(folder):
         check_lora_images(spec, images)
-        opened = pipe or open_base(spec, model, device)
+        if pipe: check_inverts(family_of(pipe))
+        opened = pipe or open_model(spec, model, device)
         return build_lora(spec, folder, images, Path(moments or Path(root)/"moments"), opened, label, every)
     return found_or_made(root, spec, LORA_RECORD, build)

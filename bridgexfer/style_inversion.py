@@ -11,7 +11,7 @@ __all__ = ['TOKENS', 'AUTOCAST', 'INVERSION_VERSION', 'InversionSpec', 'check_in
 
 # %% ../nbs/library/09_style_inversion.ipynb #08a82172
 import copy, time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -362,14 +362,15 @@ def train_tokens(spec: InversionSpec,
             learn(token_task(spec, token, pipe, moments, images.labels), state, save, every, bar)
 
 # %% ../nbs/library/09_style_inversion.ipynb #77511825
-def loss_curve(spec: InversionSpec,
-               losses: torch.Tensor, # (tokens, steps)
+def loss_curve(names: Sequence[str], # of what was learned
+               losses: torch.Tensor, # (names, steps)
                points: int = 50, # of the curve, at most about this many
               ) -> dict[str, int | dict[str, list[float]]]:
-    "The course of the loss: `stretch`, the steps averaged in one number, and `loss`, the numbers of each token."
-    stretch = max(1, spec.steps // points)
-    def means(course): return [round(float(part.mean()), 6) for part in course.split(stretch)] if spec.steps else []
-    return dict(stretch=stretch, loss={word: means(course) for word, course in zip(token_words(spec), losses)})
+    "The course of the loss: `stretch`, the steps averaged in one number, and `loss`, the numbers of each name."
+    steps = losses.shape[1]
+    stretch = max(1, steps // points)
+    def means(course): return [round(float(part.mean()), 6) for part in course.split(stretch)] if steps else []
+    return dict(stretch=stretch, loss={name: means(course) for name, course in zip(names, losses)})
 
 # %% ../nbs/library/09_style_inversion.ipynb #68a7e0a9
 def check_method(spec: InversionSpec) -> None:
@@ -392,16 +393,16 @@ def check_images(spec: InversionSpec,
                          "add some, or leave the class out.")
 
 # %% ../nbs/library/09_style_inversion.ipynb #ff16b458
-def open_model(spec: InversionSpec,
+def open_model(spec, # with weights
                model: str, # as in `load_pipeline`
                device: str, # where it will run
               ) -> "diffusers.StableDiffusionPipeline":
-    "The pipeline of a spec."
+    "The pipeline of a spec, if its family is one that Equation 2 is about."
     check_inverts(find_family(model)) # before its weights are fetched
     now = find_weights(model)
     if now == spec.weights: return load_pipeline(model, "float32", device)
     raise ValueError(f"The weights of {model!r} are not those of this spec ({now}, not {spec.weights}): "
-                     "make a new spec with inversion_spec.")
+                     "make a new spec.")
 
 # %% ../nbs/library/09_style_inversion.ipynb #79603bc8
 def save_tokens(spec: InversionSpec,
@@ -417,7 +418,7 @@ def save_tokens(spec: InversionSpec,
     with atomic(folder/TOKENS_FILE) as part: save_file(vectors, part)
     images = spec.steps * spec.batch * len(words)
     made_by = provenance(started, device, images, seconds) | dict(seconds=round(seconds, 2)) # those of all runs
-    curve = loss_curve(spec, state["losses"])
+    curve = loss_curve(token_words(spec), state["losses"])
     return dict(words=words, curve=curve, **made_by)
 
 # %% ../nbs/library/09_style_inversion.ipynb #c9771d32

@@ -1,4 +1,5 @@
 """Each family of text-to-image models × what can be done with one: against diffusers' own calls, or the sentence."""
+import re
 import shutil
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from PIL import Image
 from bridgexfer.artefacts import read_json
 from bridgexfer.generation import check_family, check_lengths, check_model, plan, sample, synthesis_spec
 from bridgexfer.images import as_images
+from bridgexfer.lora import adapt, lora_spec
 from bridgexfer.models import FAMILIES, OFFLOADS, family_of, find_family, find_weights, load_pipeline, load_token, place
 from bridgexfer.models import runs_on, what_families_do, why_not_inverted
 from bridgexfer.style_inversion import denoising_loss, inversion_spec, invert, noise_schedule, noisy
@@ -294,6 +296,18 @@ def test_what_cannot_be_inverted_says_so_before_any_work(name, tiny, real, tmp_p
     lean = without_weights(model, tmp_path/"lean") # nothing is opened either
     with pytest.raises(ValueError) as e: invert(replace(spec, weights=lean.weights), real, tmp_path, model=lean.model)
     assert str(e.value) == wanted and not list(tmp_path.glob("moments*"))
+
+
+@pytest.mark.parametrize("name", NOT_INVERTED)
+def test_what_cannot_be_adapted_says_so_before_any_work(name, tiny, real, tmp_path):
+    model = tiny(name)
+    spec = lora_spec(model.folder, real, "tiny", steps=2, size=SIZE)
+    with pytest.raises(ValueError, match=re.escape(why_not_inverted(FAMILIES[model.row]))):
+        adapt(spec, real, tmp_path, pipe=model.pipe)
+    lean = without_weights(model, tmp_path/"lean") # nothing is opened either
+    with pytest.raises(ValueError, match=re.escape(why_not_inverted(FAMILIES[model.row]))):
+        adapt(replace(spec, weights=lean.weights), real, tmp_path, model=lean.model)
+    assert not list(tmp_path.glob("moments*"))
 
 
 def test_a_token_of_another_family_is_not_read(tiny, real, tmp_path):
