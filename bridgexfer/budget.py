@@ -106,9 +106,11 @@ def generation_rate(study: Study, # of `own_study`
         return time() - started
     few = replace(spec, steps=2)
     took(few, rows[:1]) # memory is allocated, kernels are chosen
-    image = took(few, rows[:1]) / few.steps * spec.steps
-    if image * len(rows) > seconds: return 1 / image
-    return len(rows) / took(spec, rows)
+    one = took(few, rows[:1])
+    longer = spec.steps / few.steps
+    if one * longer * len(rows) <= seconds: return len(rows) / took(spec, rows)
+    if one * len(rows) <= seconds: return len(rows) / (took(few, rows) * longer) # decoding counts too often: cautious
+    return 1 / (one * longer)
 
 # %% ../nbs/apps/03_budget.ipynb #2b7a79e5
 def training_rate(study: Study, # of `own_study`
