@@ -25,12 +25,12 @@ RUN     := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" PYTHONUTF8=1
 unexport PYTHONHOME PYTHONPATH PYTHONSTARTUP PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONWARNINGS PYTHONIOENCODING MPLBACKEND
 unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
 NARROW  := $(strip $(if $(strip $(DATASETS)),datasets="$(strip $(DATASETS))") $(if $(strip $(ARCHS)),archs="$(strip $(ARCHS))") \
-  $(if $(strip $(PIPELINES)),pipelines="$(strip $(PIPELINES))") $(if $(strip $(IMAGES)),images="$(strip $(IMAGES))") $(foreach k,$(if $(strip $(SEEDS)),seeds few_seeds sweep_seeds),$(k)="$(strip $(SEEDS))") $(if $(strip $(SHOTS)),shots="$(strip $(SHOTS))") $(SET))
+  $(if $(strip $(PIPELINES)),pipelines="$(strip $(PIPELINES))") $(if $(strip $(IMAGES)),images="$(strip $(IMAGES))") $(foreach k,$(if $(strip $(SEEDS)),seeds few_seeds sweep_seeds beyond_seeds),$(k)="$(strip $(SEEDS))") $(if $(strip $(SHOTS)),shots="$(strip $(SHOTS))") $(SET))
 CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
 WORKFLOW = $(RUN) snakemake --profile profiles/$(strip $(ON))
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG)) $(SNAKEMAKE_ARGS)
 
-.PHONY: help env study paper plan provenance tune datasets test test-all fuzz check lab docs docs-serve readme outputs cost bench miniature clean
+.PHONY: help env study paper beyond plan provenance tune datasets test test-all fuzz check lab docs docs-serve readme outputs cost bench miniature clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -46,6 +46,9 @@ study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10 (23 min
 
 paper: $(STAMP) ## every table and figure, and the controls (by the plan two hours on two cores; stop it and run it again as you like)
 	@$(WORKFLOW) paper $(WITH)
+
+beyond: $(STAMP) ## ways of making synthetic images and ways of using them that the paper does not compare (BEYOND on two cores; stop it and run it again as you like)
+	@$(WORKFLOW) beyond $(WITH)
 
 plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk, as in: make plan PROFILE=paper
 	@$(RUN) bridgexfer plan $(CONFIG)

@@ -15,7 +15,7 @@ study = said(lambda: Study(config.get("profile"), **{k: v for k, v in config.ite
 JOBS = said(lambda: {job.key: job for job in study.jobs()})
 RUNS, FIGURES = near(study.runs_dir), near(study.figures_dir)
 BEGAN, LOCK = time.time(), [] # the lock's file is open as long as this process lives
-if {"study", "paper", "jobs"} & {*sys.argv}: said(lambda: require_rates(study))
+if {"study", "paper", "beyond", "jobs"} & {*sys.argv}: said(lambda: require_rates(study))
 if study.offline: os.environ["HF_HUB_OFFLINE"] = "1"
 
 onstart: # not in a dry run
@@ -35,12 +35,15 @@ def manifests(keys): return [f"{RUNS}/{key}.json" for key in keys]
 def reads(pages): return [f for p in pages for f in manifests(study.manifests(*p.reads))]
 def leaves(pages): return [f"{FIGURES}/{f}" for p in pages for f in p.leaves]
 def whole(pages): return [*leaves(pages), *reads(pages)]
-localrules: study, paper, jobs, learning_rates, gather
+localrules: study, paper, beyond, jobs, learning_rates, gather
 rule study: # Tables 1 and 2, Figures 2, 3 and 10; the figures alone come with a clone
     input: whole(study.pages_of("study"))
 
 rule paper: # every table and figure whose subject the profile has
     input: whole(study.pages_of("paper"))
+
+rule beyond: # what the paper does not compare: ways of making synthetic images, ways of using them
+    input: whole(study.pages_of("beyond"))
 
 rule jobs: # everything that `paper` reads, and no table
     input: sorted({*reads(study.pages_of("paper"))})

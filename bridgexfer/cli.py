@@ -477,7 +477,7 @@ def plan(settings: KeyValues = None, as_json: AsJson = False) -> int:
     from bridgexfer.study.costs import H100, TWO_CORES, costs, show_plan, targets_of, work_of
     study = _study(settings)
     rates = TWO_CORES if study.offline else H100
-    found = costs(work_of(study, targets_of(study)), rates)
+    found = costs(work_of(study, targets_of(study), beyond=True), rates)
     return _answer(0, _rows(found), show_plan(found, rates), as_json)
 
 # %% ../nbs/apps/04_cli.ipynb #b7593e62

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['blocks', 'radii', 'precision_recall', 'density_coverage', 'gaussian_distance', 'frechet_distance', 'diversity',
-           'copy_threshold', 'nearest', 'copied', 'halves', 'set_metrics', 'Comparison', 'compare_sets',
-           'clip_features', 'backbone_features']
+           'copy_threshold', 'nearest', 'copied', 'halves', 'set_metrics', 'SetMetricsSpec', 'Comparison',
+           'compare_sets', 'clip_features', 'backbone_features']
 
 # %% ../nbs/library/24_set_metrics.ipynb #73715624
 from collections.abc import Iterator
@@ -163,6 +163,21 @@ def set_metrics(real: np.ndarray, # (m, d) features of training images
             "Fréchet distance": frechet_distance(real, fake),
             "kernel distance": kernel_distance(np.asarray(real), np.asarray(fake), 1 / np.shape(real)[1]),
             "diversity within a class": diversity(fake, labels), "copies": float(copied(fake, real).mean())}
+
+# %% ../nbs/library/24_set_metrics.ipynb #cf085a15
+@dataclass(frozen=True)
+class SetMetricsSpec:
+    "What decides the metrics of a set."
+    dataset: str
+    data: str # digest of the real training images
+    synthetic: str # hash of the set
+    features: str # "clip" or "backbone"
+    weights: str # of the model that makes them
+    synthesis: str # how the images were made
+    shots: int # real images per class that the set may depend on; 0 is all
+    seed: int # of the run that takes it
+    per_class: int # images of a class
+    version: int = 1 # of the method
 
 # %% ../nbs/library/24_set_metrics.ipynb #cc012376
 @dataclass(frozen=True, eq=False)

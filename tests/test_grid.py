@@ -112,7 +112,7 @@ def test_a_page_of_full_shot_runs_needs_them():
 
 def test_a_narrowed_study_is_a_part_of_the_whole():
     "`make study SEEDS=` narrows every list of seeds; the runs that are left, and their sets, are those of the whole."
-    narrow = Study("miniature", **dict.fromkeys(("seeds", "few_seeds", "sweep_seeds"), "0 1"))
+    narrow = Study("miniature", **dict.fromkeys(("seeds", "few_seeds", "sweep_seeds", "beyond_seeds"), "0 1"))
     for sweep in SWEEPS:
         whole = set(STUDY.runs(sweep, "digits"))
         runs = narrow.runs(sweep, "digits")

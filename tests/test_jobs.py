@@ -258,7 +258,7 @@ def test_paper_would_run_every_notebook(clone):
 
 def test_seeds_narrow_every_list_of_seeds(clone):
     said = clone.make("study", "PROFILE=smoke", "SEEDS=0 1", "--dry-run")
-    for key in ("seeds", "few_seeds", "sweep_seeds"): assert f' {key}="0 1"' in said
+    for key in ("seeds", "few_seeds", "sweep_seeds", "beyond_seeds"): assert f' {key}="0 1"' in said
     assert "seeds=" not in clone.make("study", "PROFILE=smoke", "--dry-run")
 
 
