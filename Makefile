@@ -47,7 +47,7 @@ study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10 (23 min
 paper: $(STAMP) ## every table and figure, and the controls (by the plan two hours on two cores; stop it and run it again as you like)
 	@$(WORKFLOW) paper $(WITH)
 
-beyond: $(STAMP) ## ways of making synthetic images and ways of using them that the paper does not compare (BEYOND on two cores; stop it and run it again as you like)
+beyond: $(STAMP) ## ways of making synthetic images and ways of using them that the paper does not compare (by the plan two hours on two cores; stop it and run it again as you like)
 	@$(WORKFLOW) beyond $(WITH)
 
 plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk, as in: make plan PROFILE=paper

@@ -86,6 +86,7 @@ def scores_path(folder: Path, spec: ScoreSpec) -> Path: # folder: of the set
     "The file of a set's scores."
     return folder/f"scores-{spec_hash(spec)}.parquet"
 
+# %% ../nbs/library/25_curation.ipynb #d4d746e2
 def score_set(given: ImageSet,
               train: Images, # real training images
               clip: "Clip",

@@ -42,6 +42,7 @@ class DatasetInfo:
     counts: tuple[int, int] = (0, 0) # images of train and test; zeros where they are known only once the folder is read
     remark: str = "" # what a reader of its results should know
 
+# %% ../nbs/library/04_datasets.ipynb #a435a0d1
 @dataclass(frozen=True, eq=False)
 class Dataset:
     "A dataset in memory."
@@ -245,6 +246,7 @@ def split_by_content(numbers: Iterable[int], # of a class's files, from `content
     test = held_out(numbers)
     return ["test" if n in test else "train" for n in numbers]
 
+# %% ../nbs/library/04_datasets.ipynb #ce31dc89
 def folder_files(folder: Path, # of a dataset
                 ) -> dict[str, dict[str, list[Path]]]: # {"train" or "test": {class folder: paths by content}}
     "The image files of a dataset's folder, split."

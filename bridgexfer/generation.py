@@ -469,6 +469,7 @@ def _cut(tokenizer, # of a text encoder
     ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
     return tokenizer.decode(ids[limit - 1:], skip_special_tokens=True).strip() if len(ids) > limit else ""
 
+# %% ../nbs/library/07_generation.ipynb #46d555cc
 def check_lengths(pipe, # a pipeline of diffusers, or anything else with a tokenizer
                   prompts: Iterable[str],
                  ) -> None:

@@ -230,6 +230,7 @@ def _reserve(path: Path):
     if not hasattr(os, "posix_fallocate"): return # not on every system
     with open(path, "r+b") as f: os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
 
+# %% ../nbs/library/01_images.ipynb #2284dda1
 def mapped(path: Path, # a file that keeps the array
            shape: tuple[int, ...], # of the array
            fill: Callable, # writes into the array that it is given

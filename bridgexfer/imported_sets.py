@@ -86,6 +86,7 @@ def _listed_file(top: Path, row: dict[str, Any], where: str) -> str: # where: fo
     if within and (follows_links(top) or (top/file).resolve().is_relative_to(top.resolve())): return file
     raise ValueError(f"{where}: {column} is {file!r}, which is no file of {top}: correct it.")
 
+# %% ../nbs/library/23_imported_sets.ipynb #7d9c592c
 def metadata_items(table: Path) -> Iterator[Item]: # table: one of METADATA
     "The images that a table lists, in its order; a row that leads nowhere is a ValueError."
     for number, row in enumerate(table_rows(table), 1):
@@ -172,6 +173,7 @@ def _part(path: Path, start: int, size: int) -> bytes: # start, size: bytes
         f.seek(start)
         return f.read(size)
 
+# %% ../nbs/library/23_imported_sets.ipynb #3c95bd35
 def _by_key(path: Path) -> dict[str, dict[str, tuple[int, int]]]: # key -> suffix -> start and size in the archive
     "The files of each sample of an archive."
     samples = {}
@@ -314,6 +316,7 @@ def lacks(m: Matching, folder: Path) -> str: # one sentence; "": nothing is miss
     return (f"{folder} has no images of {_some(m.missing)}{guess}: {remedy} in names.json there, as in "
             f'{{"{plain((m.extra or ["001"])[0])}": "{plain(m.missing[0])}"}}, or add images.')
 
+# %% ../nbs/library/23_imported_sets.ipynb #eb6e0ab3
 def remarks(m: Matching, folder: Path) -> list[str]: # sentences
     "What else should be known of the classes of a set."
     said = []
@@ -361,6 +364,7 @@ def as_pixels(im: Image.Image, size: int) -> np.ndarray: # (size, size, 3) uint8
     "An open image as the square in its middle."
     return np.asarray(ImageOps.fit(upright(im), (size, size), Image.BICUBIC))
 
+# %% ../nbs/library/23_imported_sets.ipynb #3250cd05
 def as_file(im: Image.Image, size: int, data: bytes) -> bytes: # data: the file
     "An open image as it is stored: its own file if that will do."
     shown = im.format in ("JPEG", "PNG") and im.mode == "RGB" and not im.has_transparency_data

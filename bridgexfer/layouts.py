@@ -138,6 +138,7 @@ def _assigned(layout: Layout, hashes: list[str]) -> list[str]: # "train" or "tes
         for at, part in zip(rows, split_by_content(int(hashes[at][:16], 16) for at in rows)): parts[at] = part
     return parts
 
+# %% ../nbs/library/26_layouts.ipynb #257dc9cb
 def _hashed(items: tuple[Item, ...]) -> tuple[list[str], list[int]]: # SHA-256 and bytes of each
     "Read every image file once, and keep none."
     hashes, sizes = [], []

@@ -191,6 +191,7 @@ def turned(x: torch.Tensor, # (n, 3, size, size)
     out = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     return out.contiguous(memory_format=torch.channels_last)
 
+# %% ../nbs/library/11_loading.ipynb #b994f32c
 def without_colour(x: torch.Tensor, # (n, 3, size, size), normalised
                    mean: tuple[float, ...], # of the backbone's training, per channel
                    std: tuple[float, ...],

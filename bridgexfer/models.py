@@ -125,6 +125,7 @@ def opening(model: str, # as it was asked for
         raise OSError(f"Cannot open the {KINDS[kind][0]} {model!r}: there is no folder of this name, it is not whole "
                       f"(as safetensors) in the cache {constants.HF_HUB_CACHE}, and {e}.") from None
 
+# %% ../nbs/library/06_models.ipynb #0c9a847e
 def model_folder(model: str, # as it was asked for
                  location: Location, # from `pinned`
                  kind: str = "pipeline", # a name in KINDS
@@ -285,6 +286,7 @@ def _read(location: Location, # from `pinned`
     folder = location.folder if location.folder.is_dir() else location.folder.with_suffix("")
     return read_json(folder/path)
 
+# %% ../nbs/library/06_models.ipynb #c827373f
 def find_family(model: str, # as in `find_model`
                ) -> Family:
     "The family of a model, from its configuration."

@@ -71,6 +71,7 @@ def begun(begin: Callable): # -> Training
     images = as_images(np.zeros((2, 32, 32, 3), np.uint8), [0, 1], ("a", "b"))
     return begin(untrained("mini_resnet10", 2), images, FinetuneSpec(lr=1., epochs=1), seed=0)
 
+# %% ../../nbs/study/10_choices.ipynb #c8293da8
 def sgd(begin: Callable) -> str:
     "An optimiser and its schedule."
     t = begun(begin)
@@ -243,6 +244,7 @@ def here(skip: tuple[str, ...] = ("own_images", "classifier", "report", "budget"
         name = found.name.partition(".")[2]
         if name not in skip: yield name, import_module(found.name)
 
+# %% ../../nbs/study/10_choices.ipynb #dc641339
 def constants() -> list[str]: # as in `look_up`
     "The public constants of this package."
     def is_constant(name): return re.fullmatch(r"[A-Z][A-Z0-9_]+", name)

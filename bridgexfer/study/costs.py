@@ -192,6 +192,7 @@ class Rate:
     per_second: float # images, passes or steps
     source: str # "measured ...", "projected ..." or "assumed ..."
 
+# %% ../../nbs/study/05_costs.ipynb #9f66c00f
 @dataclass(frozen=True)
 class Rates:
     "What a device does in a second."
@@ -257,6 +258,7 @@ def plan_sum(table: pd.DataFrame, # from `costs`
     return (f"{total.images:,.0f} images, {total.passes:,.0f} passes, {total.steps:,.0f} steps; "
             f"{total.hours:,.2f} {hours} on one, {total.gigabytes:,.3g} GB of images")
 
+# %% ../../nbs/study/05_costs.ipynb #62875861
 def show_plan(table: pd.DataFrame, # from `costs`
               rates: Rates, # that it was made with
              ) -> str: # lines for a terminal

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BEYOND', 'SWEEPS', 'LEARNED', 'FROM_REAL', 'FILTERED_FROM', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES',
-           'LISTED', 'MESSAGES', 'PAGES', 'Profile', 'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'Sets',
-           'subset', 'strength', 'recipe_of', 'Specs', 'Learned', 'SetSpecs', 'web_images', 'Runs', 'Trainings',
-           'Choices', 'RunSpecs', 'Tuning', 'is_resource', 'decides', 'Job', 'contents', 'patterns', 'set_jobs',
-           'set_manifests', 'sweep_jobs', 'beyond_jobs', 'other_jobs', 'Page', 'page_of', 'Results', 'Study', 'near',
-           'command', 'job_command', 'page_command', 'resources', 'state', 'job_state', 'page_state', 'gather']
+           'LISTED', 'MESSAGES', 'PAGES', 'Profile', 'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'SetKeys',
+           'Sets', 'subset', 'strength', 'recipe_of', 'Specs', 'Learned', 'SetSpecs', 'web_images', 'Drawn', 'Runs',
+           'Trainings', 'Cells', 'Tuned', 'Choices', 'RunSpecs', 'Tuning', 'is_resource', 'decides', 'Job', 'contents',
+           'patterns', 'set_jobs', 'set_manifests', 'sweep_jobs', 'beyond_jobs', 'other_jobs', 'Page', 'page_of',
+           'Results', 'Study', 'near', 'command', 'job_command', 'page_command', 'resources', 'state', 'job_state',
+           'page_state', 'gather']
 
 # %% ../../nbs/study/02_grid.ipynb #5af956c5
 import json
@@ -77,6 +78,7 @@ def _core(s, dataset): return [Run(p, count(k), 0, s.images) for k in s.shots fo
 
 def _shots(s, dataset): return [Run(p, k, 0, s.images) for k in s.few_shots for p in ("mixed", "bridged_pp")]
 
+# %% ../../nbs/study/02_grid.ipynb #ab4bbac3
 def _volume(s, dataset): return [Run("bridged_pp", count(k), 0, n) for k in s.shots for n in s.volumes]
 
 def _guidance(s, dataset):
@@ -100,6 +102,7 @@ def _controls(s, dataset):
     if s.model != "miniature": return runs # only its web corpus can be rendered
     return runs + [Run(p, count(k), 0, s.images, "web") for p in ("mixed", "bridged_pp") for k in s.shots]
 
+# %% ../../nbs/study/02_grid.ipynb #523a8bdb
 def _fixed(s, dataset): return [Run(p, 0, 0, s.images) for p in ("bridged", "bridged_fc")]
 
 def _clip(s, dataset):
@@ -231,8 +234,8 @@ def set_seed(s: Settings,
     return first + (seed - first) % s.sets
 
 # %% ../../nbs/study/02_grid.ipynb #bd962baf
-class Sets(Grid):
-    "The synthetic sets of a profile's runs."
+class SetKeys(Grid):
+    "The synthetic set of a run."
     def parts(self, runs: list[Run]) -> dict[str, list[Run]]: # such as "1of3" -> runs; parts without runs are left out
         "A sweep's runs, cut into as many jobs as the profile asks for."
         n = self.settings.jobs_per_sweep
@@ -258,6 +261,9 @@ class Sets(Grid):
         if run.guidance != self.settings.guidance: return "guidance", vocabulary
         return ("volume" if self.drawn(run) > self.settings.images else "single"), vocabulary
 
+# %% ../../nbs/study/02_grid.ipynb #74a1c3a2
+class Sets(SetKeys):
+    "The synthetic sets of a profile's runs, in groups."
     def group(self, run: Run, dataset: str) -> tuple[str, str] | None: # group; the vocabulary or dataset it belongs to
         "The group that a run's set is made in."
         if (key := self.set_key(run)) is None: return None
@@ -394,7 +400,28 @@ def web_images(names: tuple[str, ...], # class names, by label; of digits or Gre
     return as_images([image for part in parts for image in part], labels, names)
 
 # %% ../../nbs/study/02_grid.ipynb #7a7c0735
-class Runs(SetSpecs):
+class Drawn(SetSpecs):
+    "What runs draw from sets."
+    def _of_set(self, data, run, made, device):
+        "The images of a set that a run looks at."
+        n = self.drawn(run)
+        try: return made.images(n)
+        except ValueError: self.repair(data, run, made, device)
+        return made.images(n)
+
+    def _filtered(self, images, data, run, device):
+        "Those of each class that a CLIP finds most probable."
+        scores = score_images(images, subset(data, run.shots, run.seed), load_clip(self.settings.clip, device))
+        return images.take(keep(scores, share=1 / FILTERED_FROM))
+
+    def repair(self, data: Dataset, run: Run, made: SyntheticSet, device: str) -> None:
+        "Make the shards of a set again that were damaged or deleted since they were made."
+        init_images = subset(data, run.shots, run.seed) if made.spec.init_images else None
+        found = made.verify(True, self.drawn(run), device=device, init_images=init_images)
+        print("Made again: " + ", ".join(f"{name} ({why})" for name, why in found))
+
+# %% ../../nbs/study/02_grid.ipynb #d5e7c3fb
+class Runs(Drawn):
     "What a run is made of: its images, its spec."
     def synthetic_hash(self, data: Dataset, run: Run) -> str: # "" if it uses none
         "What a run's synthetic images are called in its spec."
@@ -418,24 +445,6 @@ class Runs(SetSpecs):
                                     f"{group!r} of {key!r} first, or `make paper`.")
         found = self._of_set(data, run, SyntheticSet(folder), device)
         return self._filtered(found, data, run, device) if run.synthesis == "filtered" else found
-
-    def _of_set(self, data, run, made, device):
-        "The images of a set that a run looks at."
-        n = self.drawn(run)
-        try: return made.images(n)
-        except ValueError: self.repair(data, run, made, device)
-        return made.images(n)
-
-    def _filtered(self, images, data, run, device):
-        "Those of each class that a CLIP finds most probable."
-        scores = score_images(images, subset(data, run.shots, run.seed), load_clip(self.settings.clip, device))
-        return images.take(keep(scores, share=1 / FILTERED_FROM))
-
-    def repair(self, data: Dataset, run: Run, made: SyntheticSet, device: str) -> None:
-        "Make the shards of a set again that were damaged or deleted since they were made."
-        init_images = subset(data, run.shots, run.seed) if made.spec.init_images else None
-        found = made.verify(True, self.drawn(run), device=device, init_images=init_images)
-        print("Made again: " + ", ".join(f"{name} ({why})" for name, why in found))
 
 # %% ../../nbs/study/02_grid.ipynb #722bd006
 class Trainings(Runs):
@@ -472,16 +481,11 @@ class Trainings(Runs):
         longer = pipeline(run.pipeline).match_compute
         return epochs + ceil(stage1_epochs * ratio) if longer else epochs
 
-# %% ../../nbs/study/02_grid.ipynb #9d2dabbe
-class Choices(Trainings):
-    "The hyper-parameters that the search chose."
+# %% ../../nbs/study/02_grid.ipynb #ce74710a
+class Cells(Trainings):
+    "What hyper-parameters are chosen for: pipelines, by number of shots."
     @cached_property
     def _beyond(self) -> dict[tuple[str, str], set[tuple[str, int]]]: return {} # found by `beyond_cells`
-
-    @property
-    def tuned_path(self) -> Path: # of the whole study, also when it is narrowed
-        "The table that `make tune` writes."
-        return self.root/self.settings.figures/self.settings.profile/"tab5_learning_rates.csv"
 
     def _cells(self, dataset: str, arch: str, target: str) -> set[tuple[str, int]]: # pipeline and shots
         "What the sweeps of a target need hyper-parameters for."
@@ -497,17 +501,49 @@ class Choices(Trainings):
             self._beyond[dataset, arch] = cells[0] - cells[1]
         return self._beyond[dataset, arch]
 
+# %% ../../nbs/study/02_grid.ipynb #93b5cb4e
+class Tuned(Cells):
+    "What is searched for each of them, and where the choices are."
+    def tuned_cells(self, dataset: str, arch: str,
+                    target: str = "paper", # "beyond": of the comparison
+                   ) -> list[tuple[str, int]]: # pipeline and shots; full-shot first
+        "What hyper-parameters are chosen for, on a dataset with a backbone."
+        beyond = target == "beyond"
+        cells = self.beyond_cells(dataset, arch) if beyond else self._cells(dataset, arch, "paper")
+        core = [count(k) for k in self.settings.shots]
+        known = [*PIPELINES, *WAYS]
+        def order(cell): return known.index(cell[0]), cell[1] not in core, cell[1]
+        return sorted(cells, key=order)
+
+    def searched(self, name: str, shots: int, arch: str, # name: of a pipeline
+                 target: str = "paper", # "beyond": of the comparison
+                ) -> dict[str, Axis]:
+        "The axes of a search."
+        axes = self.axes(name, shots)
+        whole = arch in self.archs and shots in map(count, self.settings.shots)
+        if target == "beyond" and name in WAYS:
+            axes = {k: a for k, a in axes.items() if k == "lr" or k in pipeline(name).searched}
+        return {k: a for k, a in axes.items() if k == "lr" or whole and len(a.values) > 1}
+
+    @property
+    def tuned_path(self) -> Path: # of the whole study, also when it is narrowed
+        "The table that `make tune` writes."
+        return self.root/self.settings.figures/self.settings.profile/"tab5_learning_rates.csv"
+
+    def choice_path(self, dataset: str, arch: str, name: str, shots: int) -> Path: # name: of a pipeline
+        "Where the choices for a cell of the study are."
+        if (name, shots) not in self.beyond_cells(dataset, arch): return self.tuned_path
+        return job_path(self.runs_dir, "beyond_tune", dataset, arch)
+
+# %% ../../nbs/study/02_grid.ipynb #9d2dabbe
+class Choices(Tuned):
+    "The hyper-parameters that the search chose."
     def choice(self, dataset: str, arch: str, run: Run) -> dict[str, float]: # by axis
         "What was chosen for a run; a control has the values of the pipeline that it varies."
         name = pipeline(run.pipeline).tuned_as or run.pipeline
         start = self.start(name, run.shots)
         if self.settings.lr != "tuned": return start
         return read_choice(self.choice_path(dataset, arch, name, run.shots), dataset, arch, name, run.shots, start)
-
-    def choice_path(self, dataset: str, arch: str, name: str, shots: int) -> Path: # name: of a pipeline
-        "Where the choices for a cell of the study are."
-        if (name, shots) not in self.beyond_cells(dataset, arch): return self.tuned_path
-        return job_path(self.runs_dir, "beyond_tune", dataset, arch)
 
     def stages(self, data: Dataset, arch: str, run: Run, values: dict[str, float],
               ) -> tuple[FinetuneSpec, FinetuneSpec]: # stage 1, and the stage that sees real images
@@ -548,27 +584,6 @@ class RunSpecs(Choices):
 # %% ../../nbs/study/02_grid.ipynb #4d1a25b3
 class Tuning(RunSpecs):
     "The search for hyper-parameters."
-    def tuned_cells(self, dataset: str, arch: str,
-                    target: str = "paper", # "beyond": of the comparison
-                   ) -> list[tuple[str, int]]: # pipeline and shots; full-shot first
-        "What hyper-parameters are chosen for, on a dataset with a backbone."
-        beyond = target == "beyond"
-        cells = self.beyond_cells(dataset, arch) if beyond else self._cells(dataset, arch, "paper")
-        core = [count(k) for k in self.settings.shots]
-        known = [*PIPELINES, *WAYS]
-        def order(cell): return known.index(cell[0]), cell[1] not in core, cell[1]
-        return sorted(cells, key=order)
-
-    def searched(self, name: str, shots: int, arch: str, # name: of a pipeline
-                 target: str = "paper", # "beyond": of the comparison
-                ) -> dict[str, Axis]:
-        "The axes of a search."
-        axes = self.axes(name, shots)
-        whole = arch in self.archs and shots in map(count, self.settings.shots)
-        if target == "beyond" and name in WAYS:
-            axes = {k: a for k, a in axes.items() if k == "lr" or k in pipeline(name).searched}
-        return {k: a for k, a in axes.items() if k == "lr" or whole and len(a.values) > 1}
-
     def begun(self, dataset: str, arch: str, name: str, shots: int) -> dict[str, float]: # by axis
         "Where a search of the comparison begins: at what `make tune` chose for its next of kin."
         start = self.start(name, shots)
@@ -625,6 +640,7 @@ class Job:
     def title(self) -> str: # of its log and its executed notebook
         return self.key.replace("/", "-", 1)
 
+# %% ../../nbs/study/02_grid.ipynb #0e252fd8
 def contents(dataset: str, # a name of the registry, or a folder of the user's
             ) -> int: # 0 for the registry's
     "A number that changes when a file of a folder does."
@@ -657,6 +673,7 @@ def set_jobs(study: Tuning) -> list[Job]:
         jobs.append(Job("generate", "generate", name, message, dict(group=group, key=key), inputs, about))
     return jobs
 
+# %% ../../nbs/study/02_grid.ipynb #15ef6011
 def set_manifests(study: Tuning, sweep: str, dataset: str) -> tuple[str, ...]:
     "What the jobs leave that generate the images of a sweep's runs."
     return tuple(f"generate/{group}-{job_name(key)}" for group, key in study.groups(sweep, dataset))
@@ -698,6 +715,7 @@ def beyond_jobs(study: Tuning) -> list[Job]:
         jobs.append(Job("tune", "beyond_tune", job_path("", "", d, arch).stem, message, parameters, (), about))
     return jobs
 
+# %% ../../nbs/study/02_grid.ipynb #8fa4db2c
 def other_jobs(study: Tuning) -> list[Job]:
     "Alignment of images, transferability of backbones, and the search for hyper-parameters."
     jobs, s = [], study.settings
@@ -716,7 +734,7 @@ def other_jobs(study: Tuning) -> list[Job]:
         about = (study.tuned_cells(d, arch), s.images, s.seeds[0], contents(d))
         message = f"Choosing hyper-parameters for {arch} on {d}"
         jobs.append(Job("tune", "tune", job_path("", "", d, arch).stem, message, dict(dataset=d, arch=arch), (), about))
-    return jobs + beyond_jobs(study)
+    return jobs
 
 # %% ../../nbs/study/02_grid.ipynb #48498b5e
 @dataclass(frozen=True)
@@ -776,6 +794,7 @@ def _made_by(folder: str) -> str: # of manifests
     made = {"core": "make study", "transferability": "make study", "tune": "make tune", "set_metrics": "make beyond"}
     return made.get(folder, "make beyond" if folder.startswith("beyond_") else "make paper")
 
+# %% ../../nbs/study/02_grid.ipynb #e9a788e1
 class Results(Tuning):
     "The records that the jobs left."
     def _read_for(self, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]: # datasets, backbones
@@ -815,7 +834,7 @@ class Study(Results):
     @cached_property
     def _jobs(self) -> tuple[Job, ...]:
         for d in self.datasets: dataset_info(d) # an unknown one is named before anything is planned
-        jobs = set_jobs(self)
+        jobs = set_jobs(self) + beyond_jobs(self)
         for sweep in SWEEPS:
             for arch in self.archs_of(sweep):
                 for d in self.datasets_of(sweep): jobs += sweep_jobs(self, sweep, d, arch)

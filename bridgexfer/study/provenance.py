@@ -26,6 +26,7 @@ def same(cell, word: str) -> bool:
     try: return float(cell) == float(word)
     except (TypeError, ValueError): return str(cell) == word
 
+# %% ../../nbs/study/08_provenance.ipynb #2cd5d85b
 class Found(NamedTuple):
     "A row of a table."
     path: Path # of the table
@@ -48,6 +49,7 @@ def fits(row: pd.Series, word: str) -> bool: # word: a value, or column=value
     if value and name in row.index: return same(row[name], value)
     return any(same(cell, word) for cell in row)
 
+# %% ../../nbs/study/08_provenance.ipynb #30598adb
 def find_row(result: str, # a table's name or path, then words of the row; or path:line
              figures: str | Path, # folder of tables that are given by name
             ) -> Found:
@@ -163,8 +165,10 @@ class Traced(NamedTuple):
     records: dict[Path, dict[Path, dict]] # manifest -> path -> record
     missing: list[str] # lines
 
+# %% ../../nbs/study/08_provenance.ipynb #ebb25904
 def _parts_first(path: Path): return not re.search(r"\.\d+of\d+$", path.stem), path
 
+# %% ../../nbs/study/08_provenance.ipynb #dfbb5871
 def trace_folder(folder: Path, # the profile's runs
                  word: str, # of a page's `reads`
                  row: dict[str, object], # of a table
@@ -195,6 +199,7 @@ def run_lines(path: Path, record: dict[str, dict]) -> list[str]: # path: of the 
     values = ", ".join(f"{k} {v:.6g}" for k, v in numbers.items())
     return [f"run      {os.path.relpath(path)}: {named}", f"  {values}", f"  {how_made(record['made'])}"]
 
+# %% ../../nbs/study/08_provenance.ipynb #afdee040
 def job_lines(folder: Path, # the profile's runs
               job: Path, # a manifest
               records: dict[Path, dict], # of the row

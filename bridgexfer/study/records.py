@@ -125,6 +125,7 @@ def write_job(path: str | Path, # from `job_path`
     listed = [Path(r).resolve().relative_to(root).as_posix() for r in records]
     return write_json(path, dict(records=listed, gaps=list(gaps), **more))
 
+# %% ../../nbs/study/01_records.ipynb #d1655022
 def read_job(path: str | Path, # from `job_path`
             ) -> list[dict[str, Any]]: # records
     "The records that a job lists, in its order."
@@ -241,6 +242,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
     if path.suffix == ".json": return [{k: str(v) for k, v in row.items()} for row in read_json(path)["choices"]]
     with open(path, newline="", encoding="utf-8") as f: return list(csv.DictReader(f))
 
+# %% ../../nbs/study/01_records.ipynb #bf2eefcf
 def read_choice(path: str | Path, # tab5_learning_rates.csv of the profile's figures, or what a job `beyond_tune` left
                 dataset: str,
                 arch: str,

@@ -420,6 +420,7 @@ def case_standing(row, # of a comparison: verdict; and difference, n and draws w
     if 1 in (getattr(row, "n", 0), getattr(row, "draws", 0)): return "open"
     return claim_standing(expected, getattr(row, "difference", 0), False)
 
+# %% ../../nbs/study/04_report.ipynb #bff8c7c3
 @dataclass(frozen=True)
 class Claim:
     "What the paper says, and the comparisons that it is judged by."

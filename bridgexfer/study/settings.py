@@ -71,6 +71,7 @@ CHOOSE = {"flip": ("dataset", "yes", "no"), "balance": ("none", "weights", "samp
 def _is_one_of(key: str, keys: tuple[str, ...], last: tuple[str, ...] = ()) -> bool: # last: how other keys end
     return key in keys or key.endswith(tuple(f"_{word}" for word in last))
 
+# %% ../../nbs/study/00_settings.ipynb #9739615d
 def parse(key: str, # of the setting
           text: str, # one word of its value
          ) -> int | float | str:
@@ -93,6 +94,7 @@ class Setting(NamedTuple):
     source: str | None # one of SOURCES; None: not given
     reason: str | None # a few words
 
+# %% ../../nbs/study/00_settings.ipynb #5ded4aee
 def parse_setting(key: str, # decides whether it is a list
                   text: str, # what follows `=`
                  ) -> Setting:

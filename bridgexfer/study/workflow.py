@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 class StudyRunning(OSError):
     "Another study is running in the same folder."
 
+# %% ../../nbs/study/06_workflow.ipynb #7899f70c
 def begin(folder: str | Path = ".", # of the Snakefile
          ) -> FileLock | None: # has to be kept as long as the study runs; None where there are no locks
     "Start a study, alone in its folder."
