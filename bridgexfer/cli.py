@@ -7,11 +7,11 @@ __all__ = ['app', 'COMPLETED', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device
            'KeyValues', 'Links', 'Fetch', 'PerClass', 'Templates', 'Table', 'Captions', 'Domain', 'Prefix', 'Suffix',
            'Negative', 'FromReal', 'Between', 'Strength', 'Lora', 'LoraScale', 'Synthetic', 'FeaturesOf', 'Backbones',
            'Share', 'Threshold', 'Backbone', 'Given', 'NoImages', 'Hours', 'Kept', 'Pictures', 'Top', 'Batch', 'Row',
-           'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'SYSTEM', 'BUG', 'BROKEN_PIPE', 'KEPT',
-           'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values', 'example', 'check',
-           'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer', 'predict',
-           'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'WithoutBars', 'interrupted',
-           'main']
+           'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'TOO_LITTLE', 'FEWER', 'SYSTEM', 'BUG', 'BROKEN_PIPE',
+           'KEPT', 'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values', 'example',
+           'check', 'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer',
+           'predict', 'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'WithoutBars',
+           'interrupted', 'main']
 
 # %% ../nbs/apps/04_cli.ipynb #373bd560
 import errno, io, json, os, re, shlex, sys, traceback
@@ -590,13 +590,16 @@ NETWORK = {"httpx", "httpx2", "httpcore", "huggingface_hub", "requests", "urllib
 ENVIRONMENT = ("ImportError", "SafetensorError", "BadZipFile", "TarError") # other classes that a user can cause
 
 # %% ../nbs/apps/04_cli.ipynb #781bc519
-def _advice(error: BaseException) -> str | None: # None: the error's own sentence says it
+TOO_LITTLE = "There is too little memory: give smaller numbers for generate_batch, which changes no image, or for " \
+             "batch and inversion_batch, which change results; or another machine."
+FEWER = "There is too little memory: give a smaller --batch, which changes no prediction; or another machine."
+
+def _advice(error: BaseException, command: str) -> str | None: # None: the error's own sentence says it
     "What to do about an error of another library, after its first line."
     packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     runtime = isinstance(error, RuntimeError | AssertionError) # what torch raises
     if isinstance(error, MemoryError) or runtime and re.search(MEMORY, str(error)):
-        return ("There is too little memory: give smaller numbers for generate_batch, which changes no image, or for "
-                "batch and inversion_batch, which change results; or another machine.")
+        return FEWER if command == "predict" else TOO_LITTLE
     if runtime and re.search(GPU, str(error)): return "The GPU cannot be used: --device cpu does without it."
     if packages & NETWORK: return "Run the same command again when the network or the server answers."
     return None
@@ -614,11 +617,13 @@ def _of_system(error: OSError) -> str: # one sentence or two
     where = f"{error.filename}: " if error.filename is not None else ""
     return f"{where}{error.strerror}. {SYSTEM.get(error.errno, '')}".strip()
 
-def explain(error: Exception) -> str | None: # one sentence or two; None: no user can cause this
+def explain(error: Exception,
+            command: str = "", # that was run
+           ) -> str | None: # one sentence or two; None: no user can cause this
     "What a user has to know of an error."
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, typer.TyperException): return error.format_message()
-    if advice := _advice(error): return f"{type(error).__name__}: {_first_line(error)} {advice}"
+    if advice := _advice(error, command): return f"{type(error).__name__}: {_first_line(error)} {advice}"
     if "NonFiniteLoss" in kinds or type(error) is ArithmeticError: return str(error) # of our own
     if kinds.intersection(ENVIRONMENT): return f"{type(error).__name__}: {_first_line(error)}"
     if not isinstance(error, ValueError | OSError): return None
@@ -629,10 +634,10 @@ def explain(error: Exception) -> str | None: # one sentence or two; None: no use
 BUG = 70 # exit code: EX_SOFTWARE of sysexits.h
 BROKEN_PIPE = 141 # exit code: as of a program that SIGPIPE ends
 
-def _report(error: Exception) -> int: # exit code
+def _report(error: Exception, command: str) -> int: # exit code
     "Say what went wrong, and give the command's exit code."
     if os.environ.get("BRIDGEXFER_DEBUG"): traceback.print_exception(error)
-    if text := explain(error):
+    if text := explain(error, command):
         print(f"bridgexfer: {text}", file=sys.stderr)
         return 2
     frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -715,6 +720,6 @@ def main(argv: list[str] | None = None) -> int: # exit code
     try: code = _run(words)
     except KeyboardInterrupt: code = 130 # before or after the command proper
     except BrokenPipeError: return _end_quietly()
-    except Exception as e: return _report(e)
+    except Exception as e: return _report(e, words[0] if words else "")
     if code == 130: print(interrupted(words), file=sys.stderr)
     return code
