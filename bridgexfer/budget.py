@@ -297,7 +297,8 @@ def images_in_time(study: Study, # of `own_study`, with its amounts
     made = 0
     for stop in np.linspace(0, run.per_class, min(PORTIONS, run.per_class) + 1)[1:].round().astype(int):
         if time() > end: break
-        with until(end) if made else nullcontext(): own_set(study, data, replace(run, per_class=int(stop)), device)
+        with until(end) if made else nullcontext():
+            own_set(study, data, replace(run, per_class=int(stop)), device)
         made = int(stop)
     if made == run.per_class: return study
     if not made: raise ValueError("No time is left to generate images: give more --hours.")
@@ -316,8 +317,10 @@ def planned(study: Study, # of `own_study`
            ) -> tuple[Study, Rates, float]: # the profile with its amounts, what was measured, planned hours
     "What fits into some hours: measured and chosen now, or by an earlier call."
     target = Target("own", len(data.info.names), len(data.train))
-    def cost(amounts): return hours_of(own_work(with_amounts(study, amounts, fixed), target, arch, given, style), rates)
-    about = (data.train.digest, arch, device, hours, sorted(fixed), given and given.folder, style, study.settings.values)
+    def cost(amounts):
+        return hours_of(own_work(with_amounts(study, amounts, fixed), target, arch, given, style), rates)
+    asked = (hours, sorted(fixed), given and given.folder, style)
+    about = (data.train.digest, arch, device, *asked, study.settings.values)
     path = study.runs_dir/"budgets"/f"{stable_hash(*about):016x}.json"
     if path.exists():
         kept = read_json(path)
@@ -345,8 +348,9 @@ def budget_text(study: Study, # with its amounts
     learned = f"{s.style_steps} steps for the style, " if any(r.job == "invert" for r in rates.rates) else ""
     stage1 = " or ".join(map(str, s.stage1_epochs))
     effect = 100 * visible_effect(tests, n) # points
-    return (f"Within {hours:g} hours: {learned}{s.images} synthetic images of each class, {n} seeds, {s.epochs} epochs (stage "
-            f"1: {stage1}); planned are {planned:.2g} hours, at {' and '.join(speeds)}.\nWith {tests} test images and "
+    return (f"Within {hours:g} hours: {learned}{s.images} synthetic images of each class, {n} seeds, {s.epochs} epochs "
+            f"(stage 1: {stage1}); planned are {planned:.2g} hours, at {' and '.join(speeds)}.\n"
+            f"With {tests} test images and "
             f"{n} seeds, a difference of about {effect:.1f} points or more will be seen, smaller ones may not.")
 
 # %% ../nbs/apps/03_budget.ipynb #2c12b17c

@@ -53,6 +53,7 @@ def words_of(*keys: str): # as in `setting_words`; a function that completes a w
     def words(incomplete: str) -> list[str]: return [w for w in setting_words(*keys) if w.startswith(incomplete)]
     return words
 
+# %% ../nbs/apps/04_cli.ipynb #2bae266f
 def dataset_words(incomplete: str) -> list[str]:
     "Names of datasets, and folders."
     folders = [f"{path}{os.sep}" for path in glob(f"{escape(incomplete)}*") if os.path.isdir(path)]
@@ -68,6 +69,7 @@ def at_cursor(incomplete: str) -> tuple[str, str, bool]: # key, the value so far
     if words[-2:-1] == ["="] and len(words) > 2: return words[-3], incomplete, True
     return *incomplete.partition("=")[::2], False
 
+# %% ../nbs/apps/04_cli.ipynb #9afa5870
 def pair_words(incomplete: str) -> list[str]:
     "Completes a setting: its key, and its value where that is one of a list."
     key, start, cut = at_cursor(incomplete)
@@ -594,6 +596,7 @@ TOO_LITTLE = "There is too little memory: give smaller numbers for generate_batc
              "batch and inversion_batch, which change results; or another machine."
 FEWER = "There is too little memory: give a smaller --batch, which changes no prediction; or another machine."
 
+# %% ../nbs/apps/04_cli.ipynb #1391b059
 def _advice(error: BaseException, command: str) -> str | None: # None: the error's own sentence says it
     "What to do about an error of another library, after its first line."
     packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}

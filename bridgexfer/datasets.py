@@ -237,6 +237,7 @@ def class_paths(top: Path, # where the class folders are
                              f"put a copy in its place, remove it, or put an empty file {FOLLOW} into {folder}.")
         if kind == "image" and path.parent != top: yield path.relative_to(top).parts[0], path
 
+# %% ../nbs/library/04_datasets.ipynb #511f074f
 def class_files(top: Path, # where the class folders are
                 folder: Path, # of the dataset
                ) -> dict[str, list[Path]]: # class folder: paths, in the order of their names

@@ -277,6 +277,7 @@ def files_of(chunk: pa.Array, # (n,) binary
     ends = np.frombuffer(offsets, width)[chunk.offset:chunk.offset + len(chunk) + 1].tolist()
     for start, stop in zip(ends, ends[1:]): yield data.slice(start, stop - start)
 
+# %% ../nbs/library/01_images.ipynb #49099182
 FILES = pa.schema([("file", pa.large_binary())])
 
 def _batches(files: Iterable[bytes],

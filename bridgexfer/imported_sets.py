@@ -47,6 +47,7 @@ def file_bytes(file: str) -> bytes: # file: its path, which takes a fifth of a `
     "A whole file."
     with open(file, "rb") as f: return f.read()
 
+# %% ../nbs/library/23_imported_sets.ipynb #32cd9ba5
 def folder_items(top: Path) -> Iterator[Item]: # top: where the class folders are
     "The images of class folders, by name; a link that leads elsewhere is a ValueError."
     for path, kind in walk_folder(top, top.resolve()):

@@ -60,6 +60,7 @@ def _tables(folder: Path) -> list[Path]:
     def lists_files(table): return any(k in row for row in table_rows(table)[:1] for k in FILE_COLUMNS)
     return [table for table in found if lists_files(table)]
 
+# %% ../nbs/library/26_layouts.ipynb #cb3518e2
 def _has_class_images(folder: Path) -> bool:
     "Whether some class folder holds an image, at whatever depth."
     tops = [folder/c for c in class_folders(folder)]

@@ -169,6 +169,7 @@ def write_images(images: Images, # kept as pixels
         for i, at in enumerate(np.flatnonzero(images.labels == label)[:count]):
             Image.fromarray(images.pixels[at]).save(folder/name/f"{i:03}.png")
 
+# %% ../nbs/apps/00_own_images.ipynb #dd38a1de
 def write_example(folder: str | Path, # a new one
                   train: int = 10, # images of each class to train
                   test: int = 40, # images of each class to test
@@ -265,6 +266,7 @@ def best_so_far(tried: list[tuple[dict[str, float], float]], # hyper-parameters,
     best = max(means, key=means.get)
     return dict(best) | dict(validation_accuracy=means[best], edge="")
 
+# %% ../nbs/apps/00_own_images.ipynb #91f596a0
 def unsearched(values: dict[str, float], # hyper-parameters, by axis
               ) -> dict[str, float | str]: # by axis; and validation_accuracy, edge
     "Hyper-parameters that nothing was tried against."
@@ -293,7 +295,8 @@ def own_choice(study: Study, # of `own_study`
         return Trial(record["result"]["accuracy"], record["result"]["loss"], len(part.test))
     try: found = search(study.start(name, 0), study.searched(name, 0, arch), trial, seeds)
     except OutOfTime:
-        log.warning("Warning: the time for a search was over after %s trainings of %s.", len(tried), pipeline(name).label)
+        label = pipeline(name).label
+        log.warning("Warning: the time for a search was over after %s trainings of %s.", len(tried), label)
         return best_so_far(tried) if tried else unsearched(study.start(name, run.shots))
     if found is None: raise NonFiniteLoss(f"{pipeline(name).label} diverges at every learning rate that was tried: "
                                           "give smaller ones in `lrs`.")

@@ -327,6 +327,7 @@ def some_of(images: Images, most: int = COMPARED) -> Images:
     if len(images) <= most: return images
     return images.take(np.sort(np.random.default_rng(0).permutation(len(images))[:most]))
 
+# %% ../nbs/apps/02_report.ipynb #34af5341
 def coverage_of(real: Images, # training images
                 synthetic: Images | None,
                 arch: str, # whose features are compared
@@ -345,6 +346,7 @@ MEASURES = { # metric -> what it is a share of
     "precision": "synthetic images that are near real ones",
     "copies": "synthetic images that are nearly a training image"}
 
+# %% ../nbs/apps/02_report.ipynb #034ae23a
 def coverage_words(covered: Comparison | None) -> dict[str, Any]:
     "What the page says of a comparison."
     if covered is None: return dict(coverage=[], coverage_text="")
@@ -464,7 +466,8 @@ def report_html(outcome: Outcome,
     changes = class_changes(outcome)
     examples = examples_of(changes, outcome.data.train if images else None, synthetic)
     curves = course_pictures(outcome, course)
-    sections = {"images": "Images" if examples else "", "coverage": "Coverage" if covered else "", "classes": "Classes", "confusion": "Confusion",
+    sections = {"images": "Images" if examples else "", "coverage": "Coverage" if covered else "",
+                "classes": "Classes", "confusion": "Confusion",
                 "training": "Training" if curves else "", "use": "Use it", "cost": "Cost", "made": "How it was made"}
     page = dict(title=short_name(outcome.data.info.name), examples=examples, shown=6, images_shown=images,
                 subtitle=f"Fine-tuning {outcome.arch} with and without synthetic images first, on "

@@ -94,7 +94,8 @@ def test_a_folder_is_listed_once_when_it_is_loaded(folders, monkeypatch):
 
 def entries(count, split, rng):
     thumbs = rng.integers(0, 256, (count, 16 * 16 * 3), dtype=np.uint8)
-    return [Entry(None, f"{split}{k}", "image", "a", split, k, f"{split}{k}", t.tobytes()) for k, t in enumerate(thumbs)]
+    names = [f"{split}{k}" for k in range(count)]
+    return [Entry(None, n, "image", "a", split, k, n, t.tobytes()) for k, (n, t) in enumerate(zip(names, thumbs))]
 
 
 @pytest.mark.parametrize("block", [7, 64, 1024])

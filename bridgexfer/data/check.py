@@ -193,6 +193,7 @@ def _centred(images: list[Entry]) -> np.ndarray: # (n, 768) float32, of length o
     flat = length < 3 * x.shape[1]**0.5 # a standard deviation of 3 of 255: nothing to compare
     return np.where(flat, 0, x / np.maximum(length, 1))
 
+# %% ../../nbs/data/03_check.ipynb #009a3b31
 def _take_closer(best: np.ndarray, # (n,) correlations, changed
                  other: np.ndarray, # (n,) numbers of images, changed
                  products: np.ndarray, # (n, m) correlations
