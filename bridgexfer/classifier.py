@@ -208,6 +208,7 @@ def prediction_text(predictions: Sequence[Prediction]) -> str:
     lines = []
     if read:
         table = prediction_table(read).drop(columns="error")
+        for c in table.select_dtypes(exclude="number"): table[c] = table[c].str.ljust(max(table[c].str.len()))
         lines.append(table.to_string(index=False, float_format="{:.3f}".format, justify="left"))
     if bad:
         lines.append(f"{len(bad)} of {len(predictions)} files could not be read:")

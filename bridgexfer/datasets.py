@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GLYPHS', 'LITTER', 'SPLITS', 'SPLIT_OF', 'FOLLOW', 'Augment', 'DatasetInfo', 'Dataset', 'Varied', 'with_recipe',
            'is_litter', 'follows_links', 'follow_links', 'walk_folder', 'class_folders', 'folder_layout',
-           'content_number', 'held_out', 'plain', 'given_names', 'prompt_names', 'class_files', 'split_by_content',
-           'folder_files', 'info_of', 'folder_info', 'hold_out', 'few_shot']
+           'content_number', 'held_out', 'plain', 'given_names', 'prompt_names', 'class_paths', 'class_files',
+           'split_by_content', 'folder_files', 'info_of', 'folder_info', 'hold_out', 'few_shot']
 
 # %% ../nbs/library/04_datasets.ipynb #bc341af7
 from collections.abc import Iterable, Iterator
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import hashlib
 import json
+import os
 import unicodedata
 import numpy as np
 from .artefacts import stable_hash
@@ -119,7 +120,8 @@ def walk_folder(top: Path, # where to begin
                ) -> Iterator[tuple[Path, str]]: # path; "image", "other", "hidden", "litter" or "link"
     "Every file below a folder, and how it is treated, in the order of the names."
     follow = follows_links(root)
-    for path in sorted(top.iterdir()):
+    for name in sorted(os.listdir(top)):
+        path = top/name
         kind = _kind_of(path, root, follow)
         yield from walk_folder(path, root) if kind == "folder" else [(path, kind)]
 
@@ -225,17 +227,24 @@ def prompt_names(folder: Path, # of the dataset
     return tuple(names)
 
 # %% ../nbs/library/04_datasets.ipynb #15ee1ace
-def class_files(top: Path, # where the class folders are
+def class_paths(top: Path, # where the class folders are
                 folder: Path, # of the dataset
                 strict: bool = True, # a link that leads elsewhere is a ValueError; False leaves it out
-               ) -> dict[str, list[Path]]: # class folder: paths, in the order of their names
-    "The image files of each class folder."
-    found = {c: [] for c in class_folders(top)}
+               ) -> Iterator[tuple[str, Path]]: # class folder, and a path in it
+    "The image files of class folders, in the order of their names."
     for path, kind in walk_folder(top, folder.resolve()):
         if kind == "link" and strict:
             raise ValueError(f"{path} is a link to a folder or out of {folder}, and such links are not followed: "
                              f"put a copy in its place, remove it, or put an empty file {FOLLOW} into {folder}.")
-        if kind == "image" and path.parent != top: found[path.relative_to(top).parts[0]].append(path)
+        if kind == "image" and path.parent != top: yield path.relative_to(top).parts[0], path
+
+# %% ../nbs/library/04_datasets.ipynb #511f074f
+def class_files(top: Path, # where the class folders are
+                folder: Path, # of the dataset
+               ) -> dict[str, list[Path]]: # class folder: paths, in the order of their names
+    "The image files of each class folder; a link that leads elsewhere is a ValueError."
+    found = {c: [] for c in class_folders(top)}
+    for c, path in class_paths(top, folder): found[c].append(path)
     return found
 
 # %% ../nbs/library/04_datasets.ipynb #e730a544

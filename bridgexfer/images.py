@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'FORMATS', 'PIXEL_LIMIT', 'ORIENTATION', 'TURNS', 'SMALL', 'QUALITY', 'AHEAD', 'FILES', 'TooLarge',
            'open_image', 'orientation', 'in_srgb', 'upright', 'read_image', 'store', 'open_file', 'store_file',
            'square', 'available_cores', 'workers', 'in_order', 'decode_into', 'mapped', 'decoded', 'file_array',
-           'store_files', 'mapped_files', 'Parts', 'Images', 'as_images', 'SoftImages']
+           'store_files', 'files_of', 'mapped_files', 'Parts', 'Images', 'as_images', 'SoftImages']
 
 # %% ../nbs/library/01_images.ipynb #4bbac3b8
 from collections import deque
@@ -269,6 +269,16 @@ def store_files(paths: Sequence[Path], # n image files
     yield from tqdm(files, total=len(paths), desc=label, unit="image", disable=len(paths) < 500)
 
 # %% ../nbs/library/01_images.ipynb #26157a6d
+def files_of(chunk: pa.Array, # (n,) binary
+            ) -> Iterator[pa.Buffer]: # n image files
+    "The files of an Arrow array, each a piece of its memory. (Its scalars, and their buffers, are copies.)"
+    width = np.int64 if pa.types.is_large_binary(chunk.type) else np.int32
+    _, offsets, data = chunk.buffers()
+    if not len(chunk): return
+    ends = np.frombuffer(offsets, width)[chunk.offset:chunk.offset + len(chunk) + 1].tolist()
+    for start, stop in zip(ends, ends[1:]): yield data.slice(start, stop - start)
+
+# %% ../nbs/library/01_images.ipynb #49099182
 FILES = pa.schema([("file", pa.large_binary())])
 
 def _batches(files: Iterable[bytes],
@@ -288,7 +298,7 @@ def mapped_files(path: Path, # a file that keeps them
         with atomic(path) as part, pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, FILES) as writer:
             for batch in _batches(make()): writer.write_batch(batch)
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    return file_array(file.as_buffer() for chunk in table["file"].chunks for file in chunk)
+    return file_array(file for chunk in table["file"].chunks for file in files_of(chunk))
 
 # %% ../nbs/library/01_images.ipynb #340eecd6
 def _row_numbers(rows, # a number, numbers, a slice or a mask

@@ -11,15 +11,16 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 from .artefacts import stable_hash
-from .datasets import SPLIT_OF, SPLITS, DatasetInfo, class_files, class_folders, folder_info, folder_layout
+from .datasets import SPLIT_OF, SPLITS, DatasetInfo, class_folders, class_paths, folder_info, folder_layout
 from .datasets import info_of, plain, split_by_content
 from .images import SMALL, SUFFIXES, Images, as_images, file_array, mapped, mapped_files
-from .imported_sets import FILE_COLUMNS, METADATA, Item, Reading, find_shards, keep_images, metadata_items
-from .imported_sets import parquet_items, table_rows, tar_items
+from .imported_sets import FILE_COLUMNS, METADATA, Item, Reading, file_bytes, find_shards, keep_images
+from .imported_sets import metadata_items, parquet_items, table_rows, tar_items
 
 # %% ../nbs/library/26_layouts.ipynb #4c11010c
 def split_names(words: Iterable[str], # of items, in the dataset's own words; "" where it has none
@@ -42,8 +43,8 @@ def class_items(folder: Path, # of a dataset
                ) -> Iterator[Item]:
     "The images of class folders, with their splits; what is wrong with the folders is a ValueError or OSError."
     for split, top in folder_layout(folder).items():
-        for c, paths in class_files(top, folder, strict).items():
-            for path in paths: yield Item(c, str(path), path.read_bytes, split)
+        for c, path in class_paths(top, folder, strict):
+            yield Item(c, str(path), partial(file_bytes, str(path)), split)
 
 # %% ../nbs/library/26_layouts.ipynb #9c9ce3f1
 def split_of(path: Path) -> str: # path: relative to the dataset; the split, or ""
@@ -59,6 +60,7 @@ def _tables(folder: Path) -> list[Path]:
     def lists_files(table): return any(k in row for row in table_rows(table)[:1] for k in FILE_COLUMNS)
     return [table for table in found if lists_files(table)]
 
+# %% ../nbs/library/26_layouts.ipynb #cb3518e2
 def _has_class_images(folder: Path) -> bool:
     "Whether some class folder holds an image, at whatever depth."
     tops = [folder/c for c in class_folders(folder)]
@@ -101,9 +103,11 @@ def find_layout(folder: Path, # of a dataset
     raise ValueError(f"{', '.join(map(str, files))} lists no images: add some, or remove the file.")
 
 # %% ../nbs/library/26_layouts.ipynb #7b62fde7
-def layout_info(folder: Path) -> DatasetInfo: # folder: of a dataset
+def layout_info(folder: Path, # of a dataset
+                layout: Layout | None = None, # None: it is looked for
+               ) -> DatasetInfo:
     "What is known of a dataset without opening an image; classes that only one part has are a ValueError."
-    layout = find_layout(folder)
+    layout = layout or find_layout(folder)
     if layout.kind == "class folders": return folder_info(folder)
     meant = layout.parts
     parts = {s: {i.label for i in layout.items if meant.get(i.split) == s} for s in SPLITS}
@@ -155,9 +159,11 @@ def folder_classes(folder: Path, layout: Layout) -> list[str]:
     return sorted({c for top in folder_layout(folder).values() for c in class_folders(top)})
 
 # %% ../nbs/library/26_layouts.ipynb #698af680
-def read_parts(folder: Path) -> dict[str, Part]: # "train" and "test"
+def read_parts(folder: Path, # of a dataset
+               layout: Layout | None = None, # None: it is looked for
+              ) -> dict[str, Part]: # "train" and "test"
     "The two parts of a dataset in any layout; every image file is hashed."
-    layout = find_layout(folder)
+    layout = layout or find_layout(folder)
     hashes, sizes = _hashed(layout.items)
     label = {c: k for k, c in enumerate(folder_classes(folder, layout))}
     assigned = np.array(_assigned(layout, hashes))
@@ -208,10 +214,10 @@ def load_layout(folder: Path, # of a dataset, in any layout
                 root: str | Path = "data", # below which large datasets are kept
                ) -> tuple[Images, Images]: # train and test
     "The images of a dataset; what cannot be used is a ValueError."
-    info = layout_info(folder)
     layout = find_layout(folder)
+    info = layout_info(folder, layout)
     loaded = []
-    for split, part in read_parts(folder).items():
+    for split, part in read_parts(folder, layout).items():
         _check_filled(part, split, folder, folder_classes(folder, layout), info.remark == "a fifth held out")
         reading = Reading(list(part.items), size)
         large = (part.bytes if size > SMALL else len(part.items) * size * size * 3) >= MAPPED_FROM

@@ -32,7 +32,8 @@ from .artefacts import atomic, provenance, read_json, spec_hash, stable_hash, wr
 from .generation import BETWEEN, SOFTNESS, SYNTHESIS_VERSION, Row, SynthesisSpec
 from .generation import check_family, check_lengths, check_model, check_whole, embed, negative_of
 from .generation import plan, sample, sentences_of, split_weights, takes_loop
-from .images import SMALL, Images, Parts, SoftImages, decode_into, file_array, mapped, mapped_files, store
+from .images import SMALL, Images, Parts, SoftImages, decode_into, file_array, files_of, mapped, mapped_files
+from .images import store
 from .models import adapted, find_family, find_weights, licence_of, load_pipeline, load_token, lora_files
 from .models import lora_name, runs_on
 if TYPE_CHECKING: import diffusers, huggingface_hub, torch
@@ -497,7 +498,7 @@ MEMORY = 2 * 2**30 # bytes: larger sets are mapped from disk
 # %% ../nbs/library/08_synthetic_sets.ipynb #59cae3b8
 def buffers(table: pa.Table) -> Iterator[pa.Buffer]:
     "The image files of a table, in order, without a copy."
-    for chunk in table["image"].chunks: yield from (b.as_buffer() for b in chunk.field("bytes"))
+    for chunk in table["image"].chunks: yield from files_of(chunk.field("bytes"))
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #666eb483
 def first_files(paths: list[Path], # of shards

@@ -1,4 +1,5 @@
 """A budget of hours: a plan is a pure function of rates and hours, more hours buy no less, and the end is kept."""
+import signal
 import time
 from functools import cache
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from bridgexfer.budget import (DISAGREE, LADDER, LUCK, PLANNED, Amounts, Clock, choose, hours_of, own_work, planned,
-                               visible_effect, with_amounts)
+                               until, visible_effect, with_amounts)
 from bridgexfer.cli import _fixed, main
 from bridgexfer.own_images import OutOfTime, best_so_far, whole_seeds
 from bridgexfer.study.costs import Rate, Rates, Target
@@ -112,6 +113,63 @@ def test_a_run_that_would_pass_the_limit_is_not_begun(capsys):
     with pytest.raises(OutOfTime): Clock(time.time() - 1, 10., lambda *_: 1)(run, {})
 
 
+def test_a_clock_learns_from_trainings_that_were_slower(capsys):
+    clock = Clock(time.time() + 100, 1000., lambda run, values: 900)
+    run = Run("vanilla", 0, 0)
+    clock(run, {})
+    assert clock.rate() == pytest.approx(1000.) # no time has passed: never faster than measured
+    clock.first -= 90 # 10 images/s
+    assert clock.rate() == pytest.approx(10., rel=.01)
+    clock(run, {}) # takes 90 s of 100
+    late = Clock(time.time() + 80, 1000., clock.counted, done=900, first=time.time() - 90)
+    with pytest.raises(OutOfTime): late(run, {})
+
+
+def test_the_search_leaves_time_to_compare():
+    clock = Clock(time.time() + 100, 10., lambda run, values: 300, reserved=80.)
+    with pytest.raises(OutOfTime): clock.searching(Run("vanilla", 0, 0), {})
+    clock(Run("vanilla", 0, 0), {})
+
+
+def test_an_alarm_ends_what_runs_too_long_and_no_more():
+    began = time.time()
+    with pytest.raises(OutOfTime), until(time.time() + .2):
+        while time.time() < began + 20: pass
+    assert time.time() - began < 5
+    with until(time.time() + 30): pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0., 0.) and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_a_training_that_is_stopped_is_resumed(tmp_path, monkeypatch):
+    from bridgexfer.data.registry import load_dataset
+    from bridgexfer.datasets import Dataset, few_shot
+    from bridgexfer.own_images import compare_own, own_runs
+    digits = load_dataset("digits")
+    data = Dataset(digits.info, few_shot(digits.train, 2, 0), few_shot(digits.test, 2, 0))
+    study = Study("smoke", sets="1", datasets="digits", runs=str(tmp_path), lr=".05", images="2", steps="2",
+                  epochs="2", stage1_epochs="1", seeds="0 1 2")
+    chosen = {run.pipeline: study.start(run.pipeline, 0) for run in own_runs(study)[:2]}
+    def ends_in(count): # trainings, the last of which the alarm ends
+        begun = []
+        def before(run, values): return begun.append(run) or until(time.time() + (60 if len(begun) < count else 1e-3))
+        return before
+    first = compare_own(study, data, "mini_resnet10", chosen, before=ends_in(4))
+    assert first.difference["n"] == 1 # the second seed lacks a pipeline
+    whole = compare_own(study, data, "mini_resnet10", chosen, before=ends_in(9))
+    assert whole.difference["n"] == 3
+    for name in ("vanilla", "bridged_pp"):
+        accuracies = [o.runs[o.runs.pipeline == name].accuracy.iloc[0] for o in (first, whole)]
+        assert accuracies[0] == accuracies[1]
+
+
+def test_a_style_is_in_the_plan():
+    plain, styled = (own_work(STUDY, PETS, "resnet18", style=style) for style in (False, True))
+    [work] = [w for w in styled if w not in plain]
+    assert (work.job, work.steps) == ("invert", STUDY.settings.style_steps + -(-3680 // STUDY.settings.inversion_batch))
+    share = LADDER[0].share
+    assert with_amounts(STUDY, LADDER[0]).settings.style_steps == round(share * STUDY.settings.style_steps)
+
+
 def test_an_unfinished_search_gives_the_best_it_has():
     assert best_so_far([(dict(lr=.1), .4), (dict(lr=.01), .6), (dict(lr=.01), .2)])["lr"] in (.1, .01)
     assert best_so_far([(dict(lr=.1), .5), (dict(lr=.01), .6), (dict(lr=.01), .2)])["lr"] == .1 # means
@@ -138,7 +196,7 @@ def test_the_next_call_goes_on_with_the_same_plan(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("options", "said"), [
     (["--hours", "0"], "a number of hours above 0"), (["--hours", "nan"], "a number of hours above 0"),
-    (["--hours", "2", "--style"], "give it without --style"), (["--hours", "soon"], "a valid number")])
+    (["--hours", "soon"], "a valid number")])
 def test_wrong_budgets_are_one_sentence(options, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["transfer", "digits", "--profile", "miniature", *options]) == 2

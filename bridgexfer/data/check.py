@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'FINDINGS', 'Row', 'PICTURES', 'THUMB', 'ALIKE', 'BESIDE', 'Entry', 'find_entries', 'layout_entries',
-           'finding', 'left_out', 'look', 'copies', 'near_copies', 'check_names', 'class_findings', 'odd_names',
-           'Report', 'check_folder', 'contact_sheet']
+           'finding', 'left_out', 'look', 'copies', 'closest', 'near_copies', 'check_names', 'class_findings',
+           'odd_names', 'Report', 'check_folder', 'contact_sheet']
 
 # %% ../../nbs/data/03_check.ipynb #8529a25e
 from collections import Counter
@@ -25,11 +25,11 @@ from ..imported_sets import NamedFile
 from ..layouts import Layout, find_layout, folder_classes
 
 # %% ../../nbs/data/03_check.ipynb #8250d73d
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True) # there may be a million
 class Entry:
     "A file of the folder, and what is known of it."
-    path: Path
-    file: str # relative to the dataset's folder
+    top: Path # the dataset's folder
+    file: str # relative to it
     kind: str # "image", "other", "hidden", "litter", "link"; or "folder"
     folder: str = "" # of the class; "" outside the class folders
     split: str = "" # "train", "test" or neither
@@ -38,6 +38,9 @@ class Entry:
     thumb: bytes = b"" # the upright image at 16 × 16 pixels, RGB
     remarks: tuple[tuple[str, str], ...] = () # (kind of finding, text)
     read: Callable[[], bytes] | None = None # its bytes, where it is no file of its own
+
+    @property
+    def path(self) -> Path: return self.top/self.file
 
     @property
     def labelled(self) -> bool: return self.kind == "image" and self.folder != ""
@@ -53,7 +56,7 @@ def find_entries(folder: Path) -> list[Entry]:
         parts = path.relative_to(folder).parts
         split = parts_of.get(parts[0], "") if depth and len(parts) > 1 else ""
         inside = len(parts) > depth + 1 and (split or not depth)
-        entries.append(Entry(path, "/".join(parts), kind, parts[depth] if inside else "", split))
+        entries.append(Entry(folder, "/".join(parts), kind, parts[depth] if inside else "", split))
     return entries
 
 # %% ../../nbs/data/03_check.ipynb #273d047d
@@ -61,11 +64,11 @@ def layout_entries(folder: Path, layout: Layout) -> list[Entry]: # layout: from 
     "All images of a dataset, and the other files of its folder."
     if layout.kind == "class folders": return find_entries(folder)
     def file_of(where): return where.removeprefix(f"{folder}/")
-    images = [Entry(Path(i.file), file_of(i.file), "image", i.label, layout.parts.get(i.split, ""), read=i.read)
+    images = [Entry(folder, file_of(i.file), "image", i.label, layout.parts.get(i.split, ""), read=i.read)
               for i in layout.items]
-    listed = {e.path for e in images} | set(layout.files)
-    others = [(path, kind) for path, kind in walk_folder(folder, folder.resolve()) if path not in listed]
-    return images + [Entry(path, path.relative_to(folder).as_posix(), kind) for path, kind in others]
+    listed = {e.file for e in images} | {path.relative_to(folder).as_posix() for path in layout.files}
+    every = ((path.relative_to(folder).as_posix(), kind) for path, kind in walk_folder(folder, folder.resolve()))
+    return images + [Entry(folder, file, kind) for file, kind in every if file not in listed]
 
 # %% ../../nbs/data/03_check.ipynb #e26b3282
 KINDS = { # by level, in the order of the report
@@ -158,7 +161,7 @@ def look(entry: Entry, # an image
         kind = "too large" if isinstance(e, TooLarge) else "unreadable"
         return replace(entry, number=number, remarks=((kind, str(e).removeprefix(f"{entry.path} ")),))
     remarks += _appearance(rgb, size, deep="16 bits" in dict(remarks))
-    pixels = hashlib.blake2b(np.asarray(rgb), key=repr(rgb.size).encode()).hexdigest()
+    pixels = hashlib.blake2b(np.asarray(rgb), key=repr(rgb.size).encode(), digest_size=16).hexdigest()
     thumb = rgb.resize(THUMB, Image.BOX).tobytes()
     return replace(entry, number=number, pixels=pixels, thumb=thumb, remarks=tuple(remarks))
 
@@ -190,25 +193,47 @@ def _centred(images: list[Entry]) -> np.ndarray: # (n, 768) float32, of length o
     flat = length < 3 * x.shape[1]**0.5 # a standard deviation of 3 of 255: nothing to compare
     return np.where(flat, 0, x / np.maximum(length, 1))
 
-def _alike(ours: list[Entry], theirs: list[Entry], block: int = 1024) -> Iterator[tuple[Entry, Entry]]:
-    "Images of one split, each with the most similar one of the other, where they show the same."
-    vectors = [_centred(theirs[at:at + block]) for at in range(0, len(theirs), block)]
-    for at in range(0, len(ours), block):
-        part = _centred(ours[at:at + block])
-        products = np.concatenate([part @ v.T for v in vectors], axis=1)
-        best = products.argmax(1)
-        for i in np.flatnonzero(products.max(1) > ALIKE): yield ours[at + i], theirs[best[i]]
+# %% ../../nbs/data/03_check.ipynb #009a3b31
+def _take_closer(best: np.ndarray, # (n,) correlations, changed
+                 other: np.ndarray, # (n,) numbers of images, changed
+                 products: np.ndarray, # (n, m) correlations
+                 first: int, # number of the first of the m images
+                ) -> None:
+    "Note where one of m images is more similar than all before."
+    high = products.max(1)
+    closer = np.flatnonzero(high > best)
+    best[closer] = high[closer]
+    other[closer] = first + products[closer].argmax(1)
+
+# %% ../../nbs/data/03_check.ipynb #be27e2a5
+def closest(ours: list[Entry], # n images of one part
+            theirs: list[Entry], # m of the other
+            progress: bool = False, # show the time left
+            block: int = 1024, # images of either part that are compared at once
+           ) -> tuple[np.ndarray, np.ndarray]: # (n,), (m,): number of the most similar one of the other part; -1: none
+    "Images of two parts that show the same, each with its most similar one."
+    best = [np.full(len(part), ALIKE, np.float32) for part in (ours, theirs)]
+    other = [np.full(len(part), -1) for part in (ours, theirs)]
+    starts = tqdm(range(0, len(ours), block), desc="Comparing train and test", disable=not progress, delay=0.5)
+    for i in starts:
+        x = _centred(ours[i:i + block])
+        for j in range(0, len(theirs), block):
+            products = x @ _centred(theirs[j:j + block]).T
+            _take_closer(best[0][i:i + block], other[0][i:i + block], products, j)
+            _take_closer(best[1][j:j + block], other[1][j:j + block], products.T, i)
+    return other[0], other[1]
 
 # %% ../../nbs/data/03_check.ipynb #51a8e628
-def near_copies(entries: Iterable[Entry]) -> Iterator[Row]: # entries: images, looked at
+def near_copies(entries: Iterable[Entry], # images, looked at
+                progress: bool = False, # show the time left
+               ) -> Iterator[Row]:
     "Images of train and test that show the same with other pixels."
-    parts = [[e for e in entries if e.thumb and e.split == s] for s in SPLITS]
-    if not all(parts): return
-    for ours, theirs in (parts, parts[::-1]):
-        for e, other in _alike(ours, theirs):
-            if e.pixels == other.pixels: continue # found by `copies`
-            yield finding(e, "leak", f"shows the same as {other.file}, resized or saved again, which belongs to "
-                                     f"{other.split}: remove one of them.")
+    train, test = ([e for e in entries if e.thumb and e.split == s] for s in SPLITS)
+    for images, others, found in zip((train, test), (test, train), closest(train, test, progress)):
+        for e, at in zip(images, found):
+            if at < 0 or e.pixels == others[at].pixels: continue # `copies` finds the same pixels
+            yield finding(e, "leak", f"shows the same as {others[at].file}, resized or saved again, which belongs to "
+                                     f"{others[at].split}: remove one of them.")
 
 # %% ../../nbs/data/03_check.ipynb #b7aae96a
 def check_names(folder: Path, # of the dataset
@@ -217,7 +242,7 @@ def check_names(folder: Path, # of the dataset
     "The names of the classes, or why there are none."
     try: return list(prompt_names(folder, classes)), []
     except ValueError as e:
-        entry = Entry(folder/"names.json", "names.json", "other")
+        entry = Entry(folder, "names.json", "other")
         return [plain(name_of_folder(c)) for c in classes], [finding(entry, "prompt names", str(e))]
 
 # %% ../../nbs/data/03_check.ipynb #f06ddd4c
@@ -254,7 +279,7 @@ def class_findings(folder: Path, # of the dataset
         yield finding(Entry(folder, counts.index[0], "folder", counts.index[0]), "one class", text)
     capitals = counts.groupby(counts["name"].str.casefold())["name"].unique()
     for c, row in counts.iterrows():
-        entry = Entry(folder/c, c, "folder", c)
+        entry = Entry(folder, c, "folder", c)
         alike = [n for n in capitals[row["name"].casefold()] if n != row["name"]]
         if alike:
             text = f"is called {row['name']}, and another class {alike[0]}: give it a name of its own in names.json."
@@ -363,7 +388,7 @@ def check_folder(folder: str | Path, # a dataset's folder
     names, rows = check_names(folder, classes)
     counts = _count(images, classes, names)
     rows += [finding(e, *remark) for e in images for remark in e.remarks]
-    rows += [*copies(images), *near_copies(images), *class_findings(folder, counts), *odd_names(entries)]
+    rows += [*copies(images), *near_copies(images, progress), *class_findings(folder, counts), *odd_names(entries)]
     rows += [finding(e, *left_out(e)) for e in entries if not e.labelled and e.file not in BESIDE]
     report = Report(str(folder), bool(layout.parts), counts, _table(rows))
     if write:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'same', 'Found', 'find_table', 'fits', 'find_row', 'matches', 'how_made', 'executed', 'job_behind',
-           'set_behind', 'behind', 'Traced', 'trace_folder', 'run_lines', 'job_lines', 'trace', 'show']
+           'set_behind', 'behind', 'Traced', 'trace_folder', 'run_lines', 'job_lines', 'trace', 'trace_value', 'show']
 
 # %% ../../nbs/study/08_provenance.ipynb #c215acee
+import json
 import os
 import re
 import shlex
@@ -233,16 +234,32 @@ def trace(result: str, # as in `find_row`
     for job, records in found.items(): lines += job_lines(folder, job, records)
     return "\n".join(lines)
 
+# %% ../../nbs/study/08_provenance.ipynb #49b74bbb
+def trace_value(result: str, # as in `find_row`
+                figures: Path, # folder of tables that are given by name
+                folder: Path, # the profile's runs
+               ) -> dict[str, object]: # JSON values
+    "The runs behind a number of a table, for programs."
+    path, line, row = find_row(result, figures)
+    traced = [trace_folder(folder, word, row) for word in page_of(path.stem).reads]
+    jobs = [{"job": os.path.relpath(job), "runs": [{"file": os.path.relpath(p), **r} for p, r in records.items()]}
+            for t in traced for job, records in t.records.items()]
+    cells = {k: v.item() if hasattr(v, "item") else v for k, v in row.items()}
+    return {"table": os.path.relpath(path), "line": line, "row": cells, "jobs": jobs,
+            "missing": [said for t in traced for said in t.missing]}
+
 # %% ../../nbs/study/08_provenance.ipynb #997b68c1
 def show(result: str, # as in `find_row`
          profile: str = "", # "": that of the table's folder, or the default
+         as_json: bool = False, # print one JSON value
         ) -> int: # exit status
     "Print the provenance of a number, or what is wrong with the question."
     table = Path(result.split(" ")[0])
     of_table = table.parent.name if re.fullmatch(r".*\.csv(:\d+)?", table.name) else ""
     try:
         study = Study(profile or of_table)
-        print(trace(result, study.figures_dir, study.runs_dir))
+        where = study.figures_dir, study.runs_dir
+        print(json.dumps(trace_value(result, *where)) if as_json else trace(result, *where))
     except (ValueError, OSError) as e:
         print(f"bridgexfer: {e}", file=sys.stderr)
         return 2
