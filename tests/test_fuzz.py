@@ -32,6 +32,7 @@ from timm.models import save_for_hf
 from bridgexfer.artefacts import PACKAGE, write_json
 from bridgexfer.backbones import create_backbone
 from bridgexfer.cli import app, main
+from bridgexfer.clip_tuning import load_clip
 from bridgexfer.own_images import timm_config
 
 ROOT = Path(__file__).parents[1]
@@ -216,12 +217,14 @@ HERE = ("--profile", "smoke", "--set", "images=4", "--set", "steps=2")
 def whole(kind):
     "An undamaged folder of a kind, made once."
     folder = Path(mkdtemp(prefix="bridgexfer-fuzz-"))/kind
-    if kind in ("pipeline", "clip"): return shutil.copytree(PACKAGE/"weights"/kind, folder)
+    if kind in ("pipeline", "clip"): shutil.copytree(PACKAGE/"weights"/kind, folder)
+    if kind == "clip": load_clip("miniature").processor.save_pretrained(folder)
+    if folder.exists(): return folder
     if kind == "classifier": return write_classifier(folder)
     runs = ("--set", f"runs={folder}")
     commands = {"set": ["generate digits"], "lora": ["lora digits"], "token": ["invert digits"],
                 "runs": ["generate digits", "lora digits", "invert digits", "generate digits --style"]}
-    for command in commands[kind]: assert call([*command.split(), *HERE, *runs])[0] == 0
+    for command in commands[kind]: assert call([*command.split(), *HERE, *runs], 3600)[0] == 0
     markers = {"set": "spec.json", "lora": "lora.json", "token": "inversion.json"}
     return next(folder.rglob(markers[kind])).parent if kind in markers else folder
 
@@ -255,7 +258,8 @@ def damage(rng, folder):
     data = path.read_bytes()
     at = rng.randrange(len(data) + 1)
     if path.suffix == ".json" and rng.random() < 0.7:
-        return path.write_text(json.dumps(another(rng, json.loads(data))))
+        try: return path.write_text(json.dumps(another(rng, json.loads(data))))
+        except (ValueError, RecursionError): pass # it is damaged already
     if (done := rng.random()) < 0.15: return path.unlink()
     if done < 0.25: return path.write_bytes(rng.choice(NAMES))
     if done < 0.5: return path.write_bytes(data[:at])
@@ -427,6 +431,7 @@ def elsewhere(rng, line, seconds):
     "A command in a process of its own, in an odd environment: its exit code and what it prints."
     variables, limits = rng.choice(PLACES)
     def start():
+        signal.signal(signal.SIGINT, signal.default_int_handler) # which a shell's background job ignores
         for limit, number in limits.items(): resource.setrlimit(limit, (number, number))
     Path(f"/tmp/{LONG}/{LONG}").mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-c", CODE, *line]
@@ -482,6 +487,7 @@ def problems(folder):
     found = []
     for number in numbers():
         (folder/str(number)).mkdir()
+        if MINUTES: print(f"{time.monotonic():.0f} {number}", end=" ", flush=True)
         try: example(number, folder/str(number))
         except Problem as e:
             print(e, flush=True)
