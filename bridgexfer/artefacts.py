@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'PACKAGE', 'STATE', 'unhashed', 'canonical', 'address', 'spec_hash', 'as_dict', 'stable_hash', 'digest',
-           'atomic', 'write_json', 'read_json', 'provenance', 'found_or_made', 'code_hash']
+           'atomic', 'write_json', 'read_json', 'read_tensors', 'provenance', 'found_or_made', 'code_hash']
 
 # %% ../nbs/library/00_artefacts.ipynb #f4287061
 import ast, hashlib, json, os, platform, re, subprocess, time
@@ -134,11 +134,22 @@ def write_json(path: str | Path, # where
     with atomic(path) as part: part.write_text(text + "\n", encoding="utf-8")
     return Path(path)
 
-def read_json(path: str | Path):
+def read_json(path: str | Path,
+              remedy: str = "delete it and run again", # of damage
+             ):
     "Read JSON; a damaged file is named in the error."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not JSON ({e}): delete it and run again.") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not JSON ({e}): {remedy}.") from None
+
+# %% ../nbs/library/00_artefacts.ipynb #43fa62ca
+def read_tensors(path: str | Path,
+                 remedy: str = "delete it and run again", # of damage
+                ) -> dict[str, Any]: # name -> torch.Tensor
+    "Read safetensors; a damaged file is named in the error."
+    from safetensors import SafetensorError # not at the top: most programs read none
+    from safetensors.torch import load_file
+    try: return load_file(path)
+    except SafetensorError as e: raise ValueError(f"{path} is not safetensors ({e}): {remedy}.") from None
 
 # %% ../nbs/library/00_artefacts.ipynb #14483dd2
 LIBRARIES = ("torch", "torchvision", "timm", "diffusers", "transformers")

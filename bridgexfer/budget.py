@@ -364,7 +364,8 @@ def begin_budget(study: Study, # of `own_study`
                  style: bool = False, # images in the dataset's learned style
                 ) -> tuple[Study, Clock]: # with the amounts that were chosen; called before each training
     "Plan, say what is planned, and generate the images."
-    if not hours > 0: raise ValueError(f"A budget is a number of hours above 0, got {hours:g}.")
+    if not 0 < hours <= 10**5:
+        raise ValueError(f"A budget is a number of hours above 0, up to 100,000, got {hours:g}.")
     end = time() + 3600 * hours
     study, rates, total = planned(study, data, arch, hours, device, given, fixed, style)
     print(budget_text(study, rates, total, hours, len(data.test)), file=sys.stderr)

@@ -54,7 +54,7 @@ def check_kept(folder: Path) -> dict[str, Any]: # its config.json
         if not (folder/name).is_file():
             raise FileNotFoundError(f"{folder} holds no classifier, because {name} is missing: "
                                     "give the folder that `bridgexfer transfer --out` made.")
-    config = read_json(folder/"config.json")
+    config = read_json(folder/"config.json", "copy it again, or make the classifier again")
     names = config.get("label_names") if isinstance(config, dict) else None
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names): return config
     raise ValueError(f"{folder}/config.json has no label_names, so its classes have no names: add them, by label.")

@@ -23,7 +23,7 @@ from .fixed_features import FeatureSpec, Head, cached_features, head_predict, he
 from .fixed_features import to_head, to_layer
 from .generation import check_lengths
 from .images import Images
-from .models import SHIPPED, model_folder, pinned, quiet, unopened, weights_of
+from .models import SHIPPED, check_filled, model_folder, opened_from, pinned, quiet, weights_of
 from .prompts import templates
 if TYPE_CHECKING: from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer # imported where it is needed
 
@@ -58,7 +58,7 @@ def _parts(folder: Path,
     if kind != "clip": raise OSError(f"its config.json says {kind!r}, not 'clip'")
     model, info = CLIPModel.from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True,
                                             output_loading_info=True)
-    if info["missing_keys"]: raise OSError(f"weights are missing, {sorted(info['missing_keys'])[0]} among them")
+    check_filled(info["missing_keys"])
     return model, CLIPTokenizer.from_pretrained(str(folder)), _processor(folder, shipped, model)
 
 # %% ../nbs/library/19_clip_tuning.ipynb #311f47e3
@@ -68,9 +68,8 @@ def load_clip(name: str, # as in `find_model`
     "Open a CLIP for embedding, in 32 bits, with all parameters frozen."
     location = pinned(name, "clip")
     folder = model_folder(name, location, "clip")
-    try:
-        with quiet("transformers"): model, tokenizer, processor = _parts(folder, str(name) == SHIPPED)
-    except (OSError, ValueError) as e: raise unopened(folder, location, "clip", e) from None
+    with opened_from(folder, location, "clip"), quiet("transformers"):
+        model, tokenizer, processor = _parts(folder, str(name) == SHIPPED)
     return Clip(model.to(device).eval().requires_grad_(False), tokenizer, processor, weights_of(location, "clip"))
 
 # %% ../nbs/library/19_clip_tuning.ipynb #928321dc

@@ -21,7 +21,7 @@ def fill_counts(real: Iterable[int], # (C,) real training images of each class
                ) -> np.ndarray: # (C,) int64
     "How many synthetic images each class gets to be filled up; a bound below `images` is a ValueError."
     real = np.asarray(list(real), np.int64)
-    if most < images: raise ValueError(f"fill is {most}, less than the {images} images of each class: raise it, or 0.")
+    if most < images: raise ValueError(f"fill is {most}, less than the {images} images of each class: raise it, or set fill = 0.")
     return np.minimum(images + real.max() - real, most)
 
 # %% ../nbs/library/27_filling.ipynb #f07440c8
@@ -56,8 +56,8 @@ def filled_images(filled: FilledSet) -> Images:
     lacking = np.flatnonzero(np.bincount(labels, minlength=len(counts)) < counts)
     if len(lacking):
         name = every.names[lacking[0]]
-        raise ValueError(f"{filled.folder} has too few images of {name} to fill up its {counts[lacking[0]]}: "
-                         "make more, or lower fill.")
+        raise ValueError(f"{filled.folder} has too few images of {name}, {counts[lacking[0]]} are needed to fill it "
+                         "up: make more, or lower fill.")
     by_class = np.argsort(labels, kind="stable")
     place = np.empty(len(labels), np.int64)
     starts = np.cumsum(np.bincount(labels, minlength=len(counts))) - np.bincount(labels, minlength=len(counts))

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from .artefacts import atomic, stable_hash
+from .artefacts import atomic, read_tensors, stable_hash
 from .backbones import input_config, model_name
 from .datasets import Augment
 from .evaluation import autocast
@@ -265,7 +265,10 @@ def save_state(path: Path, # of the file
 # %% ../nbs/library/14_finetune.ipynb #ad139d35
 def _header(path: Path) -> dict[str, Any]: # identity, curve, seconds, sched, lr, mix_rng
     "What a state says besides its tensors."
-    with safe_open(path, "pt") as f: return json.loads(f.metadata()["training"])
+    try:
+        with safe_open(path, "pt") as f: return json.loads(f.metadata()["training"])
+    except (SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is not the whole state of a training ({e}): delete it and run again.") from None
 
 # %% ../nbs/library/14_finetune.ipynb #57306429
 def elapsed(path: Path | None, # of a state
@@ -282,7 +285,7 @@ def load_state(path: Path, # of the file
     found = header.get("identity")
     if found != t.identity: raise ValueError(f"{path} is the state of another training ({found}, "
                                              f"not {t.identity}): delete it or move it away.")
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     t.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for i, p in enumerate(t.model.parameters()):
         if f"momentum.{i}" not in tensors: continue

@@ -458,7 +458,11 @@ def _limits(pipe, # a pipeline of diffusers, or anything else with a tokenizer
     named = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
     own = inspect.signature(pipe.__call__).parameters.get("max_sequence_length") if callable(pipe) else None
     most = own.default if own else inf
-    return [(t, min(t.model_max_length, most)) for t in named if t is not None]
+    limits = [(t, min(t.model_max_length, most)) for t in named if t is not None]
+    if any(limit >= 2**31 for _, limit in limits): # as transformers says it
+        raise ValueError("The model's tokenizer has no limit: write one into its tokenizer_config.json, as in "
+                         '"model_max_length": 77.')
+    return limits
 
 # %% ../nbs/library/07_generation.ipynb #9be011a4
 def _cut(tokenizer, # of a text encoder

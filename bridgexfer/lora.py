@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
-from .artefacts import STATE, atomic, found_or_made, provenance, spec_hash, stable_hash
+from .artefacts import STATE, atomic, found_or_made, provenance, read_tensors, spec_hash, stable_hash
 from .generation import check_choice, check_lengths, check_whole, embed
 from .images import Images
 from .models import ADAPTER, LORA_FILE, LORA_RECORD, SHIPPED, adapter_weights, family_of, find_weights
@@ -365,7 +365,7 @@ def build_lora(spec: LoraSpec,
               ) -> dict[str, Any]: # JSON values to keep
     "Learn and write the LoRAs of a spec."
     started = time.time()
-    state = load_file(folder/STATE) if (folder/STATE).exists() else begun(spec)
+    state = read_tensors(folder/STATE) if (folder/STATE).exists() else begun(spec)
     before = float(state["seconds"])
     def save():
         state["seconds"] = torch.tensor(before + time.time() - started, dtype=torch.float64)

@@ -70,6 +70,7 @@ def epoch_sizes(mixing: Mixing,
         if mixing.real_share and shown: return sum(map(sum, _share_sizes(mixing, shown, batch)))
         return real + shown
     if mixing.real_only: return [real] * epochs
+    if mixing.keep == 1: return [size(synthetic)] * epochs
     return [size(kept(mixing, synthetic, epoch, epochs)) for epoch in range(epochs)]
 
 # %% ../nbs/library/15_mixing.ipynb #c6d03dd7

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.func import functional_call
 from tqdm import tqdm
-from .artefacts import STATE, atomic, found_or_made, provenance, spec_hash, stable_hash
+from .artefacts import STATE, atomic, found_or_made, provenance, read_tensors, spec_hash, stable_hash
 from .generation import check_choice, check_lengths, check_whole, embed, encode, make_scheduler
 from .images import Images
 from .models import SHIPPED, TOKENS_FILE, Family, family_of, find_family, find_weights, load_pipeline
@@ -439,7 +439,7 @@ def invert(spec: InversionSpec,
         opened = pipe or open_model(spec, model, device)
         check_inverts(family_of(opened)) # before images are encoded
         path = folder/STATE
-        state = load_file(path) if path.exists() else fresh_state(spec, opened)
+        state = read_tensors(path) if path.exists() else fresh_state(spec, opened)
         if spec.steps: train_tokens(spec, state, images, Path(root), opened, label, every)
         return save_tokens(spec, folder, state, opened.device, started)
     return found_or_made(root, spec, "inversion.json", build)

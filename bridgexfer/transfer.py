@@ -16,9 +16,10 @@ from time import time
 from typing import Any
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
-from .artefacts import STATE, atomic, found_or_made, provenance, read_json, spec_hash, stable_hash
+from .artefacts import STATE, atomic, found_or_made, provenance, read_json, read_tensors, spec_hash
+from .artefacts import stable_hash
 from .backbones import backbone_digest, create_backbone, reset_head, untrained
 from .datasets import Dataset, few_shot
 from .evaluation import evaluate
@@ -133,7 +134,7 @@ def load_bridge(folder: str | Path, # the bridge's own folder
     "A stage-1 checkpoint, with the head that it learned on synthetic images."
     arch = read_json(Path(folder)/"bridge.json")["spec"]["arch"]
     with torch.random.fork_rng(devices=[]): model = untrained(arch, classes)
-    model.load_state_dict(load_file(Path(folder)/"model.safetensors"))
+    model.load_state_dict(read_tensors(Path(folder)/"model.safetensors", f"delete {folder} and run again"))
     return model
 
 # %% ../nbs/library/16_transfer.ipynb #0acb300d

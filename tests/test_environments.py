@@ -116,7 +116,8 @@ def test_a_path_with_blanks_reaches_the_jobs_whole(tmp_path):
     done = subprocess.run([*MAKE, *words], cwd=ROOT, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-3000:]
     lines = re.findall(r"^Shell command: (papermill .*/generate\.ipynb.*)$", done.stdout, re.M)
-    assert lines and all(any(w.startswith(f"{tmp_path}/my runs/") for w in shlex.split(line)) for line in lines)
+    assert lines and not [line for line in lines if f"{tmp_path}/my" in shlex.split(line)] # half of a path
+    assert all(sum(w.startswith(f"{tmp_path}/my runs/") for w in shlex.split(line)) == 2 for line in lines)
 
 
 @pytest.mark.slow

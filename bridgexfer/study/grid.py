@@ -873,7 +873,8 @@ def command(study: Study, notebook: str, title: str, parameters: dict[str, str],
     "How papermill runs a notebook."
     given = dict(profile=study.settings.profile, overrides=json.dumps(overrides) if overrides else "") | parameters
     executed = f"{near(study.runs_dir)}/notebooks/{title}.ipynb"
-    return f"papermill --engine ipc --no-progress-bar {notebook} {executed} {_options(given)}"
+    paths = f"{shlex.quote(str(notebook))} {shlex.quote(str(executed))}"
+    return f"papermill --engine ipc --no-progress-bar {paths} {_options(given)}"
 
 # %% ../../nbs/study/02_grid.ipynb #269bd952
 def job_command(study: Study, job: Job) -> str:

@@ -106,7 +106,8 @@ def executed(folder: Path, # the profile's runs
     options = " ".join(f"-p {k} {shlex.quote(str(v))}" for k, v in run["parameters"].items() if v != "")
     ended = f"{(run.get('end_time') or 'unfinished')[:19]}, {run.get('duration') or 0:.0f} s"
     logged = os.path.relpath(log) if log.exists() else f"{os.path.relpath(log)}: missing"
-    command = f"papermill --engine ipc {run['input_path']} {os.path.relpath(path)} {options}".rstrip()
+    paths = f"{shlex.quote(run['input_path'])} {shlex.quote(os.path.relpath(path))}"
+    command = f"papermill --engine ipc {paths} {options}".rstrip()
     return [f"notebook {os.path.relpath(path)}, {ended}; log {logged}", f"command  {command}"]
 
 # %% ../../nbs/study/08_provenance.ipynb #18a13d85

@@ -16,6 +16,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 import re
 from ..artefacts import PACKAGE
+from ..generation import FORMATS, SCHEDULERS
+from ..models import OFFLOADS, PRECISIONS
 
 # %% ../../nbs/study/00_settings.ipynb #06c5cff7
 COMMON = "study" # the section that profiles override
@@ -65,7 +67,8 @@ WORDS = {"lr": ("tuned",), "shots": ("full",), "style_shots": ("full",), "class_
          "beyond_shots": ("full",),
          "crop": ("dataset",)} # beside numbers
 CHOOSE = {"flip": ("dataset", "yes", "no"), "balance": ("none", "weights", "sampling"),
-          "metric": ("dataset", "top1", "mean_per_class")} # no numbers
+          "metric": ("dataset", "top1", "mean_per_class"), "scheduler": tuple(SCHEDULERS),
+          "precision": tuple(PRECISIONS), "format": FORMATS, "offload": OFFLOADS} # no numbers
 
 # %% ../../nbs/study/00_settings.ipynb #7a6e3e5d
 def _is_one_of(key: str, keys: tuple[str, ...], last: tuple[str, ...] = ()) -> bool: # last: how other keys end
@@ -76,12 +79,15 @@ def parse(key: str, # of the setting
           text: str, # one word of its value
          ) -> int | float | str:
     "A word as what its key holds."
-    if _is_one_of(key, NAMES, ("datasets",)) or text in (*WORDS.get(key, ()), *CHOOSE.get(key, ())): return text
+    if text in (*WORDS.get(key, ()), *CHOOSE.get(key, ())): return text
     if key in CHOOSE: raise ValueError(f"{key} is {' or '.join(CHOOSE[key])}, got {text!r}.")
+    if _is_one_of(key, NAMES, ("datasets",)): return text
     decimal = _is_one_of(key, DECIMALS, ("memory", "hours"))
     for kind in (int, float) if decimal else (int,):
         try: value = kind(text)
         except ValueError: continue
+        if value > 10**7 and not decimal and not key.endswith("seeds"):
+            raise ValueError(f"{key} is ten million at most, got {text!r}: give less.")
         if isfinite(value) and (value > 0 or value == 0 and _is_one_of(key, FROM_ZERO, ("gpu",))): return value
     least = "from 0 on" if _is_one_of(key, FROM_ZERO, ("gpu",)) else "above 0"
     what = " or ".join([f"a number {least}" if decimal else f"a whole number {least}", *WORDS.get(key, ())])
