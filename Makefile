@@ -161,7 +161,7 @@ $(STAMP): requirements.lock pyproject.toml .ci/uv.txt
 	$(LOCKED) --exact --extra study $(patsubst .venv/.%,--extra %,$(wildcard $(PURPOSES:%=.venv/.%))); \
 	if [ -f .venv/.cpu ]; then $(INSTALL) --no-verify-hashes --torch-backend cpu torch torchvision; fi; \
 	.uv/bin/uv pip install --quiet --no-deps --no-build-isolation --python .venv/bin/python -e .; \
-	touch $(STAMP)
+	touch $(STAMP) $(wildcard $(PURPOSES:%=.venv/.%))
 
 $(PURPOSES:%=.venv/.%): $(STAMP)
 	@$(QUIET); echo "Adding to .venv what make $(@:.venv/.%=%) needs"; $(LOCKED) --extra $(@:.venv/.%=%); touch $@

@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 ROOT = Path(__file__).parents[1]
-PURPOSES = {"library": [], "study": ["study"], "test": ["study", "test"], "docs": ["study", "docs"], "lab": ["study", "lab"]}
+PURPOSES = {"library": [], "study": ["study"], # and the extras that install it
+            "test": ["study", "test"], "docs": ["study", "docs"], "lab": ["study", "lab"]}
 PLATFORMS = {"Linux": "x86_64-unknown-linux-gnu", "macOS": "aarch64-apple-darwin", "Windows": "x86_64-pc-windows-msvc"}
 PYTORCH = ("torch", "torchvision")
 CUDA = re.compile("nvidia-|cuda-|triton$") # what PyPI's builds of torch for Linux pull in, with a GPU or without
@@ -39,16 +40,22 @@ def on_disk(package: str) -> float: # MB
     return sum(f.size or 0 for f in files) / MB
 
 
+def first(purposes: list[str]) -> str: # as in `PURPOSES`
+    "The one that needs a package in any case, or all that do."
+    return next((p for p in ("library", "study") if p in purposes), " ".join(purposes))
+
+
 def by_package() -> pd.DataFrame: # package, purpose, MB to download by platform, MB on disk
-    "Every package, with the first purpose that needs it."
-    rows = {}
+    "Every package, with what needs it."
+    sizes, needed = {}, {}
     for system, platform in PLATFORMS.items():
         for purpose, extras in PURPOSES.items():
             for package, size in locked(extras, platform).items():
-                rows.setdefault(package, {"package": package, "purpose": purpose})[f"download_{system}_mb"] = size
-    frame = pd.DataFrame(rows.values())
+                sizes.setdefault(package, {})[f"download_{system}_mb"] = size
+                needed.setdefault(package, []).append(purpose)
+    frame = pd.DataFrame([{"package": p, "purpose": first([*dict.fromkeys(needed[p])]), **sizes[p]} for p in sizes])
     frame["unpacked_Linux_mb"] = frame.package.map(on_disk)
-    return frame.sort_values("download_Linux_mb", ascending=False, ignore_index=True)
+    return frame.sort_values(["download_Linux_mb", "package"], ascending=[False, True], ignore_index=True)
 
 
 def by_purpose(frame: pd.DataFrame) -> pd.DataFrame: # what, packages, MB to download by platform, MB on disk
@@ -60,6 +67,7 @@ def by_purpose(frame: pd.DataFrame) -> pd.DataFrame: # what, packages, MB to dow
     parts = {"CUDA and Triton, which torch requires on Linux": cuda, "torch, torchvision": torch,
              "the rest of the library": library & ~torch & ~cuda}
     parts |= {f"what only {p} needs": frame.purpose == p for p in PURPOSES if p != "library"}
+    parts["what several of these need"] = frame.purpose.str.contains(" ")
     parts |= {"make study": study, "make study TORCH=keep": study & ~torch & ~cuda,
               "everything": frame.package.notna()}
     rows = [{"what": what, "packages": sum(rows), **frame[rows].select_dtypes("number").sum()}
@@ -71,5 +79,6 @@ if __name__ == "__main__":
     packages = by_package()
     packages.round(2).to_csv(ROOT/"figures/packages.csv", index=False)
     summary = by_purpose(packages)
-    summary.round(0).astype({c: int for c in summary if c != "what"}).to_csv(ROOT/"figures/environment.csv", index=False)
-    print(summary.round(0).to_string())
+    whole = summary.round(0).astype({c: int for c in summary if c != "what"})
+    whole.to_csv(ROOT/"figures/environment.csv", index=False)
+    print(whole.to_string())
