@@ -322,15 +322,30 @@ SLOW = {"diffusers", "transformers", "timm", "accelerate", "torchvision", "panda
 DRAW = {"bridgexfer.study.plots", "bridgexfer.statistics"} # with these some jobs draw
 
 
-def test_jobs_start_without_what_they_may_not_need():
-    "What takes long to import is imported by the functions that use it; a job's modules bring torch and little more."
+@pytest.fixture(scope="module")
+def job():
+    "What a process that imports all that jobs import has of what they may not need, and what its study knows."
     imports = re.compile(r"from (bridgexfer[.\w]+) import")
     modules = {m for path in JOBS for m in imports.findall("\n".join(map(source, cells(path))))} - DRAW
     wanted = ("synthetic_sets", "transfer", "study.grid", "study.records")
     assert {f"bridgexfer.{m}" for m in wanted} <= modules
-    code = f"import sys, {', '.join(sorted(modules))}; print(sorted({SLOW} & set(sys.modules)))"
-    done = run(sys.executable, "-c", code)
-    assert done.stdout == "[]\n", done.stdout + done.stderr
+    code = ["import json, sys", *(f"import {m}" for m in sorted(modules)), f"slow = {SLOW} & set(sys.modules)",
+            "from bridgexfer.study.grid import PAGES, Study",
+            "rules = {job.rule for job in Study('miniature', lr='0.1').jobs()}",
+            "print(json.dumps(dict(slow=[*slow], rules=[*rules], pages=[p.name for p in PAGES])))"]
+    done = run(sys.executable, "-c", "\n".join(code))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_jobs_start_without_what_they_may_not_need(job):
+    "What takes long to import is imported by the functions that use it; a job's modules bring torch and little more."
+    assert not job["slow"]
+
+
+def test_the_study_knows_every_job_and_paper_notebook(job):
+    assert set(job["rules"]) == {p.stem for p in JOBS}
+    assert set(job["pages"]) == {p.stem for p in PAPER}
 
 
 @pytest.mark.parametrize("notebook", [*JOBS, *PAPER], ids=name)
@@ -340,12 +355,6 @@ def test_jobs_take_parameters_and_export_nothing(notebook):
     assigned = {t.id for n in ast.parse(tagged[0]).body if isinstance(n, ast.Assign) for t in n.targets}
     assert {"profile", "overrides", "settings_file"} <= assigned
     assert not [c for c in cells(notebook) if re.search(r"^#\| *(export|default_exp)", source(c), re.M)]
-
-
-def test_the_study_knows_every_job_and_paper_notebook():
-    from bridgexfer.study.grid import PAGES, Study
-    assert {job.rule for job in Study("miniature", lr="0.1").jobs()} == {p.stem for p in JOBS}
-    assert {page.name for page in PAGES} == {p.stem for p in PAPER}
 
 
 LONG = ("growth", "sharing", "two_commands") # many processes, parts of a study, a study in a clone
