@@ -16,6 +16,8 @@ DEVICE   ?= cpu # of `make bench`: cpu, cuda
 PORT     ?= 8000
 PAPER    ?= # 1: of the paper's pages, for `make outputs`
 MINUTES  ?= 60 # of `make fuzz`
+FOR      ?= study # of `make env`, one or more of: study test docs lab
+TORCH    ?= # of a new environment. keep: torch and torchvision that PYTHON has; cpu: without CUDA, from PyTorch's index
 ARGS     ?= # more for pytest, as in ARGS="-k digits"
 SNAKEMAKE_ARGS ?= # more for snakemake, as in SNAKEMAKE_ARGS="--default-resources slurm_partition=gpu slurm_account=me"
 
@@ -38,7 +40,7 @@ help: ## this list
 	@echo 'study, paper, plan and tune take PROFILE= DATASETS= ARCHS= PIPELINES= IMAGES= SEEDS= SHOTS= SET=, as in: make study DATASETS=digits SEEDS="0 1" SET=guidance=5'
 	@echo 'study, paper and tune also take ON=, where jobs run: make study PROFILE=paper ON=slurm'
 
-env: $(STAMP) ## the environment in .venv, from requirements.lock; made once, and again when the lock changes
+env: $(STAMP) $(patsubst %,.venv/.%,$(filter-out study,$(FOR))) ## the environment in .venv, from requirements.lock; made once, and again when the lock changes
 
 study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10 (23 minutes on two cores)
 	@$(WORKFLOW) study $(WITH)
@@ -62,23 +64,23 @@ tune: $(STAMP) ## choose the hyper-parameters on validation data: Table 5, which
 datasets: $(STAMP) ## the paper's ten datasets: found or not, and what to do; FETCH="pets dtd" downloads
 	@$(RUN) bridgexfer datasets $(if $(strip $(PROFILE)),--profile "$(strip $(PROFILE))") $(if $(strip $(FETCH)),--fetch $(FETCH))
 
-test: $(STAMP) ## modules, notebooks and the core of the study (about 10 minutes on two cores)
+test: .venv/.test ## modules, notebooks and the core of the study (about 10 minutes on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)
 
-test-all: $(STAMP) ## the same, and every job and paper notebook, faults, a model of full size, a SLURM, the site in a browser (an hour on two cores)
+test-all: .venv/.test .venv/.docs ## the same, and every job and paper notebook, faults, a model of full size, a SLURM, the site in a browser (an hour on two cores)
 	@bash .ci/extras
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-fuzz: $(STAMP) ## odd folders, settings and words for MINUTES=60: a command ends in a sentence and loses nothing
+fuzz: .venv/.test ## odd folders, settings and words for MINUTES=60: a command ends in a sentence and loses nothing
 	@$(RUN) BRIDGEXFER_FUZZ_MINUTES="$(strip $(MINUTES))" python -m pytest -s -n 0 tests/test_fuzz.py $(ARGS)
 
-check: $(STAMP) ## the quick part of the tests: style, notebooks clean, modules as exported, links
+check: .venv/.test ## the quick part of the tests: style, notebooks clean, modules as exported, links
 	@$(RUN) python -m pytest tests/test_project.py tests/test_style.py -k "not runs and not readme"
 
-lab: $(STAMP) ## open the notebooks in JupyterLab
+lab: .venv/.lab ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab nbs
 
-docs: $(STAMP) ## the site in _site, from the notebooks (2 minutes the first time on two cores)
+docs: .venv/.docs ## the site in _site, from the notebooks (2 minutes the first time on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python docs/pages.py
 	@$(RUN) OMP_NUM_THREADS=1 sphinx-build -W --keep-going -j auto -c docs -d runs/site/doctrees _pages _site
 	@echo "The site: _site/index.html, or make docs-serve"
@@ -86,10 +88,10 @@ docs: $(STAMP) ## the site in _site, from the notebooks (2 minutes the first tim
 docs-serve: docs ## show the site on localhost, at PORT=8000
 	@echo "http://127.0.0.1:$(PORT)"; $(RUN) python -m http.server --bind 127.0.0.1 --directory _site $(PORT)
 
-readme: $(STAMP) ## write README.md from nbs/index.ipynb
+readme: .venv/.test ## write README.md from nbs/index.ipynb
 	@$(RUN) python docs/readme.py
 
-outputs: $(STAMP) ## execute the tour, the tutorials and the notebooks that export, and store what they show (20 minutes); PAPER=1 stores what `make paper` left
+outputs: .venv/.test ## execute the tour, the tutorials and the notebooks that export, and store what they show (20 minutes); PAPER=1 stores what `make paper` left
 	@$(RUN) OMP_NUM_THREADS=1 python docs/outputs.py $(if $(strip $(PAPER)),--paper $(PROFILE))
 
 # What a machine measures: at miniature scale on a CPU, at the models' own sizes on a GPU.
@@ -135,6 +137,12 @@ clean: ## remove the environment, not the runs
 	rm -rf .venv .uv
 
 # uv is installed into .uv by pip, pinned by .ci/uv.txt; it makes .venv. A .venv that was never finished is made from scratch.
+# What a command needs is an extra of pyproject.toml, and has a stamp of its own; .venv/.kept lists what does not come from the lock.
+PURPOSES := test docs lab
+INSTALL   = .uv/bin/uv pip install $$quiet --python .venv/bin/python -c requirements.lock
+LOCKED    = $(INSTALL) --require-hashes --excludes .venv/.kept -r pyproject.toml
+QUIET     = set -e; export UV_PYTHON_DOWNLOADS=never; quiet=; [ -t 2 ] || quiet=--quiet
+
 $(STAMP): requirements.lock pyproject.toml .ci/uv.txt
 	@python=; old=; for p in $(PYTHON); do \
 	  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; old=$$p; \
@@ -142,13 +150,21 @@ $(STAMP): requirements.lock pyproject.toml .ci/uv.txt
 	if [ -z "$$old" ]; then echo "Python 3.11 or newer is needed and was not found: install it (Debian, Ubuntu: apt install python3 python3-venv)" \
 	  "or say where it is with PYTHON=/path/to/python3." >&2; exit 1; fi; \
 	if [ -z "$$python" ]; then echo "$$old has no venv module: install it (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; fi; \
-	set -e; export UV_PYTHON_DOWNLOADS=never; quiet=; [ -t 2 ] || quiet=--quiet; \
-	if ! cmp -s .ci/uv.txt .uv/uv.txt || ! .uv/bin/uv --version >/dev/null 2>&1; then \
+	case '$(strip $(TORCH))' in ''|keep|cpu) ;; *) echo "TORCH is keep, cpu or nothing: see the first lines of the Makefile." >&2; exit 1;; esac; \
+	$(QUIET); if ! cmp -s .ci/uv.txt .uv/uv.txt || ! .uv/bin/uv --version >/dev/null 2>&1; then \
 	  echo "Installing uv into .uv"; rm -rf .uv; "$$python" -m venv .uv; \
 	  .uv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes -r .ci/uv.txt; cp .ci/uv.txt .uv/uv.txt; fi; \
-	if [ -f $(STAMP) ] && .venv/bin/python -c '' 2>/dev/null; then rm $(STAMP); else \
-	  echo "Making the environment in .venv (about 5 GB)"; \
-	  rm -rf .venv; .uv/bin/uv venv --quiet --python "$$("$$python" -c 'import sys; print(sys.executable)')" .venv; fi; \
-	.uv/bin/uv pip sync $$quiet --require-hashes --python .venv/bin/python requirements.lock; \
+	if [ -f $(STAMP) ] && .venv/bin/python -c '' 2>/dev/null; then rm $(STAMP); [ -f .venv/.kept ] || : >.venv/.kept; else \
+	  kept=$$(if [ '$(strip $(TORCH))' = keep ]; then "$$python" .ci/kept.py requirements.lock; fi); \
+	  echo "Making the environment in .venv (figures/environment.csv has its size)"; \
+	  rm -rf .venv; .uv/bin/uv venv --quiet --python "$$("$$python" -c 'import sys; print(sys.executable)')" .venv; \
+	  if [ -n "$$kept" ]; then echo "$$kept" >"$$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/kept.pth"; fi; \
+	  echo '$(if $(strip $(TORCH)),torch torchvision)' | tr ' ' '\n' >.venv/.kept; \
+	  if [ '$(strip $(TORCH))' = cpu ]; then : >.venv/.cpu; fi; fi; \
+	$(LOCKED) --exact --extra study $(patsubst .venv/.%,--extra %,$(wildcard $(PURPOSES:%=.venv/.%))); \
+	if [ -f .venv/.cpu ]; then $(INSTALL) --no-verify-hashes --torch-backend cpu torch torchvision; fi; \
 	.uv/bin/uv pip install --quiet --no-deps --no-build-isolation --python .venv/bin/python -e .; \
-	touch $(STAMP)
+	touch $(STAMP) $(wildcard $(PURPOSES:%=.venv/.%))
+
+$(PURPOSES:%=.venv/.%): $(STAMP)
+	@$(QUIET); echo "Adding to .venv what make $(@:.venv/.%=%) needs"; $(LOCKED) --extra $(@:.venv/.%=%); touch $@

@@ -189,7 +189,7 @@ def page(path: Path) -> str: # JSON
     place, cells = path.relative_to(NBS), cells_of(path)
     note = f"This page is the notebook {{download}}`nbs/{place} </../nbs/{place}>`; `make lab` opens it."
     if path.stem == "index":
-        for c in cells: c.source = c.source.replace("(../CONTRIBUTING.md)", "(contributing.md)") # a page of the site
+        for c in cells: c.source = c.source.replace("(../CONTRIBUTING.md", "(contributing.md") # a page of the site
         cells.append(new_markdown_cell((ROOT/"docs/contents.md").read_text(encoding="utf-8")))
     else: cells[0].source += f"\n\n```{{container}} notebook\n{note}\n```"
     if place.parts[0] in ("paper", "benchmarks"):

@@ -1,13 +1,12 @@
 """What several test files share."""
 import pytest
-import torch
-from bridgexfer.artefacts import PACKAGE
 from warm import processor_seconds
 
 
 @pytest.fixture(scope="session")
 def model():
     "The folder of the text-to-image pipeline that ships with the package."
+    from bridgexfer.artefacts import PACKAGE # here and below: `make check` does without torch
     return str(PACKAGE / "weights" / "pipeline")
 
 
@@ -22,6 +21,7 @@ def pipe(model):
 @pytest.fixture
 def one_thread():
     "Arithmetic on one thread, so that two processes round alike."
+    import torch
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

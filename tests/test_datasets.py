@@ -156,3 +156,10 @@ def test_sizes_are_known_without_images(tmp_path):
     for name in TARGETS:
         data = load_dataset(name)
         assert data.info.counts == (len(data.train), len(data.test))
+
+
+def test_every_class_is_dealt_in_an_order_of_its_own():
+    "Or the same image of every class would be in a subset: in an archive, one photographer's or one font's."
+    whole = as_images(np.zeros((8 * 20, 2, 2, 3)), np.repeat(range(8), 20), "abcdefgh")
+    for part in (few_shot(whole, 3, seed=0), hold_out(whole, 0.2, seed=0)[1]):
+        assert len({tuple(part.rows[part.labels == c] % 20) for c in range(8)}) > 4

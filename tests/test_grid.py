@@ -249,6 +249,18 @@ def test_parts_share_a_manifest():
     assert sorted(map(repr, runs)) == sorted(map(repr, paper.runs("core", "pets")))
 
 
+def test_the_miniature_keeps_two_cores_busy():
+    "Two jobs of the core for each dataset, with as many runs each; what they leave is where it was."
+    one = Study("miniature", jobs_per_sweep="1")
+    for place in (job.manifest for job in one.jobs() if job.folder == "core"):
+        parts = [job for job in STUDY.jobs() if job.manifest == place]
+        assert len(parts) == 2
+    for dataset in STUDY.datasets:
+        runs = STUDY.runs("core", dataset)
+        a, b = STUDY.parts(runs).values()
+        assert len(a) == len(b) and sorted(map(repr, a + b)) == sorted(map(repr, runs))
+
+
 def test_a_state_changes_with_what_decides_a_result_and_with_nothing_else():
     def states(**settings):
         study = Study("smoke", **settings)

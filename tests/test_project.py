@@ -1,5 +1,6 @@
 """The project: files that agree with each other, notebooks that are clean, exported and run."""
 import ast
+import itertools
 import json
 import os
 import re
@@ -118,8 +119,9 @@ def test_lock_pins_with_hashes_and_names_no_place():
 def test_lock_agrees_with_pyproject():
     project = tomllib.loads((ROOT/"pyproject.toml").read_text())["project"]
     pins = locked()
-    for text in [*project["dependencies"], *project["optional-dependencies"]["study"]]:
+    for text in [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]:
         wanted = Requirement(text)
+        if wanted.name == project["name"]: continue # another of its extras
         assert wanted.name in pins, f"{wanted.name} is not in requirements.lock: compile it as its first lines say"
         version = pins[wanted.name][0]
         assert version in wanted.specifier, f"requirements.lock has {wanted.name} {version}, not {text}"
@@ -180,7 +182,11 @@ def test_ci_runs_the_tests():
         commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
         assert commands[0] == ("make docs" if workflow.stem == "site" else "bash .ci/run")
         others = [c for c in commands[1:] if not c.startswith("python -m pip install ")] # of the job on the wheel
-        assert others == ([] if workflow.stem == "site" else ["python -m pytest tests/test_no_clone.py"])
+        assert others == ([] if workflow.stem == "site" else
+                          ["make study PROFILE=smoke PYTHON=python", "python -m pytest tests/test_no_clone.py"])
+        matrices = [job.get("strategy", {}).get("matrix", {}) for job in jobs.values()]
+        tried = {version for matrix in matrices for version in matrix.get("python-version", [])}
+        assert workflow.stem == "site" or tried == {"3.11", "3.12", "3.13", "3.14"}
 
 
 # ---- notebooks
@@ -316,15 +322,30 @@ SLOW = {"diffusers", "transformers", "timm", "accelerate", "torchvision", "panda
 DRAW = {"bridgexfer.study.plots", "bridgexfer.statistics"} # with these some jobs draw
 
 
-def test_jobs_start_without_what_they_may_not_need():
-    "What takes long to import is imported by the functions that use it; a job's modules bring torch and little more."
+@pytest.fixture(scope="module")
+def job():
+    "What a process that imports all that jobs import has of what they may not need, and what its study knows."
     imports = re.compile(r"from (bridgexfer[.\w]+) import")
     modules = {m for path in JOBS for m in imports.findall("\n".join(map(source, cells(path))))} - DRAW
     wanted = ("synthetic_sets", "transfer", "study.grid", "study.records")
     assert {f"bridgexfer.{m}" for m in wanted} <= modules
-    code = f"import sys, {', '.join(sorted(modules))}; print(sorted({SLOW} & set(sys.modules)))"
-    done = run(sys.executable, "-c", code)
-    assert done.stdout == "[]\n", done.stdout + done.stderr
+    code = ["import json, sys", *(f"import {m}" for m in sorted(modules)), f"slow = {SLOW} & set(sys.modules)",
+            "from bridgexfer.study.grid import PAGES, Study",
+            "rules = {job.rule for job in Study('miniature', lr='0.1').jobs()}",
+            "print(json.dumps(dict(slow=[*slow], rules=[*rules], pages=[p.name for p in PAGES])))"]
+    done = run(sys.executable, "-c", "\n".join(code))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_jobs_start_without_what_they_may_not_need(job):
+    "What takes long to import is imported by the functions that use it; a job's modules bring torch and little more."
+    assert not job["slow"]
+
+
+def test_the_study_knows_every_job_and_paper_notebook(job):
+    assert set(job["rules"]) == {p.stem for p in JOBS}
+    assert set(job["pages"]) == {p.stem for p in PAPER}
 
 
 @pytest.mark.parametrize("notebook", [*JOBS, *PAPER], ids=name)
@@ -334,12 +355,6 @@ def test_jobs_take_parameters_and_export_nothing(notebook):
     assigned = {t.id for n in ast.parse(tagged[0]).body if isinstance(n, ast.Assign) for t in n.targets}
     assert {"profile", "overrides", "settings_file"} <= assigned
     assert not [c for c in cells(notebook) if re.search(r"^#\| *(export|default_exp)", source(c), re.M)]
-
-
-def test_the_study_knows_every_job_and_paper_notebook():
-    from bridgexfer.study.grid import PAGES, Study
-    assert {job.rule for job in Study("miniature", lr="0.1").jobs()} == {p.stem for p in JOBS}
-    assert {page.name for page in PAGES} == {p.stem for p in PAPER}
 
 
 LONG = ("growth", "sharing", "two_commands") # many processes, parts of a study, a study in a clone

@@ -35,6 +35,13 @@ def test_the_distance_has_the_larger_of_two_standard_errors():
     assert few[1] == pytest.approx(np.sqrt(.02 / 30))
 
 
+def test_a_candidate_is_kept_until_it_is_two_standard_errors_behind():
+    "By hand: after two seeds b is 1.4 behind and a and c are tied; after four, b is ahead by more than one."
+    found = dict(a=(.80, .80, .80, .80), b=(.79, .79, .95, .95), c=(.81, .79, .79, .81))
+    ended = race("abc", lambda c, seed: Trial(found[c][seed - 100], .5, 10**6), SEEDS)
+    assert (ended.winner, ended.tied, ended.seeds) == ("b", ("b",), 4)
+
+
 def test_ties_go_to_the_lowest_loss_wherever_it_is():
     for losses in ((.1, .2, .3), (.3, .1, .2), (.3, .2, .1)):
         trials = dict(zip((.01, .03, .1), [(.8, loss) for loss in losses]))

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.site]
 @pytest.fixture(scope="module")
 def site():
     "The folder of the site, built as `make docs` builds it; outputs are reused where no code has changed."
-    command = ["make", "-o", ".venv/.complete", "docs"]
+    command = ["make", "-o", ".venv/.complete", "-o", ".venv/.docs", "docs"]
     done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return SITE
