@@ -144,3 +144,9 @@ def test_wrong_budgets_are_one_sentence(options, said, tmp_path, monkeypatch, ca
     assert main(["transfer", "digits", "--profile", "miniature", *options]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in error and error.startswith("bridgexfer: ")
+
+
+@pytest.mark.parametrize("hours", [0., -1., float("nan"), float("inf"), 1e300])
+def test_hours_that_are_no_budget(hours):
+    with pytest.raises(ValueError, match="number of hours above 0, up to 100,000, got"):
+        begin_budget(None, None, "", hours)
