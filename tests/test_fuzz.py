@@ -184,7 +184,8 @@ def write_layout(rng, folder):
 
 
 SETTINGS_FILES = (b"images = 4", b"images = many", b"[evening]\nimages = 4", b"[nobody]\na = 1", b"\xff", b"=",
-                  b"images", b"profile = smoke\nflip = yes", b"profile = nobody", b"runs = /proc/x", b"images = 4\nimages = 5",
+                  b"images", b"profile = smoke\nflip = yes", b"profile = nobody", b"runs = /proc/x",
+                  b"images = 4\nimages = 5",
                   b"crop = 0.5 | paper | why", b"nonsense = 1", b"\0", b"[smoke]\nbalance = weights\nmetric = top2")
 
 SPEC = dict(names=["one", "three"], weights="0" * 16, model="miniature", steps=2, size=32, shard=2, guidance=3.5,
