@@ -21,7 +21,8 @@ def fill_counts(real: Iterable[int], # (C,) real training images of each class
                ) -> np.ndarray: # (C,) int64
     "How many synthetic images each class gets to be filled up; a bound below `images` is a ValueError."
     real = np.asarray(list(real), np.int64)
-    if most < images: raise ValueError(f"fill is {most}, less than the {images} images of each class: raise it, or set fill = 0.")
+    if most < images:
+        raise ValueError(f"fill is {most}, less than the {images} images of each class: raise it, or set fill = 0.")
     return np.minimum(images + real.max() - real, most)
 
 # %% ../nbs/library/27_filling.ipynb #f07440c8

@@ -170,6 +170,7 @@ def check_filled(missing: Iterable[str]) -> None: # names of weights that are in
     "Raise if a network would keep random numbers in place of weights."
     if missing := sorted(missing): raise OSError(f"weights are missing, {missing[0]} among them")
 
+# %% ../nbs/library/06_models.ipynb #e36fbc5b
 def _encoders(folder: Path, # of a pipeline
               config: dict[str, Any], # its model_index.json
               dtype: torch.dtype,
@@ -323,6 +324,7 @@ def _read(location: Location, # from `pinned`
     folder = location.folder if location.folder.is_dir() else location.folder.with_suffix("")
     return read_json(folder/path, "copy it again")
 
+# %% ../nbs/library/06_models.ipynb #84368d59
 def _snapshot(location: Location) -> Path: # where the cache keeps a commit
     from huggingface_hub.file_download import repo_folder_name
     folder = repo_folder_name(repo_id=location.name, repo_type="model")
@@ -336,6 +338,7 @@ def _family(location: Location) -> Family: # location: from `pinned`
     prediction = prediction_of(scheduler.get("_class_name", ""), scheduler)
     return Family(index["_class_name"], len(has.intersection(ENCODERS)), prediction, guidance_of(network))
 
+# %% ../nbs/library/06_models.ipynb #2671fa76
 def find_family(model: str, # as in `find_model`
                ) -> Family:
     "The family of a model, from its configuration."

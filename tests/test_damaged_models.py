@@ -1,4 +1,4 @@
-"""Models of the user's that are damaged, lack something or are none: named, with what to do, before anything is made."""
+"""Models of the user's that are damaged or lack something: named, with what to do, before anything is made."""
 import json
 import shutil
 from pathlib import Path

