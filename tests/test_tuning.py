@@ -40,7 +40,7 @@ def searched(folder, data, monkeypatch):
     "The choices of the job, and its records by their hash."
     with monkeypatch.context() as m:
         m.setattr(Study, "load", lambda self, dataset: data)
-        m.setattr(Study, "tuned_cells", lambda self, dataset, arch: CELLS)
+        m.setattr(Study, "tuned_cells", lambda self, dataset, arch, target="paper": CELLS)
         job = run_job("tune", overrides=json.dumps(dict(runs=str(folder), **SMALL)))
     manifest = read_json(job.study.runs_dir/"tune"/f"digits-{ARCH}.json")
     records = [read_json(job.study.runs_dir/path) for path in manifest["records"]]

@@ -139,6 +139,8 @@ BACKBONES = (
            "`vit_batch` and `vit_weight_decay` apply to them"),
     Choice("ways to transfer", "transfer:PIPELINES", "paper", "and the two parts of bridged++ one by one", names),
     Choice("controls", "transfer:CONTROLS", "assumed", "what the paper's comparisons leave open", names),
+    Choice("images that a CLIP looks at for each that it keeps", "study.grid:FILTERED_FROM", "assumed",
+           "He et al. keep those above a threshold that they do not give"),
     Choice("ways of mixing", "transfer:WAYS", "assumed",
            "ways of other papers, with their values, and ways of ours", mixings),
     Choice("how synthetic images fade", "mixing:kept", "assumed", "ours; both ends are pipelines of the paper"),
@@ -317,7 +319,7 @@ NO_RESULT |= {
     "study.report:*": "words of pages", "study.records:*": "names of files and columns",
     "study.settings:*": "how settings.ini is read", "study.workflow:*": "messages", "study.provenance:*": "columns",
     **{f"study.grid:{name}": "names of settings, pages and groups" for name in (
-        "LISTED", "PATHS", "RESOURCES", "MESSAGES", "PAGES", "FROM_REAL", "LEARNED", "SHIPPED_NAMES")},
+        "LISTED", "PATHS", "RESOURCES", "MESSAGES", "PAGES", "FROM_REAL", "LEARNED", "BEYOND", "SHIPPED_NAMES")},
     "lora:LoraSpec.template": "`lora:TEMPLATE`",
     "study.choices:*": "this list",
 }

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from ..artefacts import PACKAGE, code_hash, digest, read_json, spec_hash, stable_hash
 from ..backbones import is_vit
-from ..clip_tuning import load_clip
-from ..curation import keep, score_images
 from ..data.registry import dataset_info, load_dataset
 from ..datasets import Dataset, DatasetInfo, few_shot, hold_out, with_recipe
 from ..finetune import BalancedSpec, FinetuneSpec
@@ -411,6 +409,8 @@ class Drawn(SetSpecs):
 
     def _filtered(self, images, data, run, device):
         "Those of each class that a CLIP finds most probable."
+        from bridgexfer.clip_tuning import load_clip # here, because jobs that filter nothing start without it
+        from bridgexfer.curation import keep, score_images
         scores = score_images(images, subset(data, run.shots, run.seed), load_clip(self.settings.clip, device))
         return images.take(keep(scores, share=1 / FILTERED_FROM))
 
