@@ -206,7 +206,7 @@ def test_a_prompt_that_would_be_cut_is_named(pipe, model, tmp_path):
 def test_the_list_of_messages_has_every_kind_of_text():
     done = subprocess.run([sys.executable, ROOT/"docs/messages.py"], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    for text in ("ValueError: {path} is not JSON ({e}): delete it and run again.", # an error, joined from its parts
+    for text in ("ValueError: {path} is not JSON ({e}): {remedy}.", # an error, joined from its parts
                  "_option: seeds, separated by blanks (default: profile's)", # help
                  "text: Look through a folder of labelled images.", # of a command
                  "text: was left by a NAS, an archive or a desktop, and is not read.", # a finding
