@@ -130,3 +130,12 @@ def test_words_of_settings_are_checked_before_anything_is_planned(key, value, ca
 def test_numbers_that_nobody_means_are_rejected():
     with pytest.raises(ValueError, match="images is ten million at most, got '9999"): parse("images", "9" * 30)
     assert parse("seeds", "20261127") == 20261127 and parse("memory", "1e9") == 1e9
+
+
+def test_settings_know_what_the_library_offers():
+    "They are written out where shells complete them, which must not wait for torch."
+    from bridgexfer.generation import FORMATS, SCHEDULERS
+    from bridgexfer.models import OFFLOADS, PRECISIONS
+    from bridgexfer.study.settings import CHOOSE
+    known = dict(scheduler=SCHEDULERS, precision=PRECISIONS, format=FORMATS, offload=OFFLOADS)
+    assert {k: CHOOSE[k] for k in known} == {k: tuple(v) for k, v in known.items()}

@@ -16,8 +16,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 import re
 from ..artefacts import PACKAGE
-from ..generation import FORMATS, SCHEDULERS
-from ..models import OFFLOADS, PRECISIONS
 
 # %% ../../nbs/study/00_settings.ipynb #06c5cff7
 COMMON = "study" # the section that profiles override
@@ -67,8 +65,10 @@ WORDS = {"lr": ("tuned",), "shots": ("full",), "style_shots": ("full",), "class_
          "beyond_shots": ("full",),
          "crop": ("dataset",)} # beside numbers
 CHOOSE = {"flip": ("dataset", "yes", "no"), "balance": ("none", "weights", "sampling"),
-          "metric": ("dataset", "top1", "mean_per_class"), "scheduler": tuple(SCHEDULERS),
-          "precision": tuple(PRECISIONS), "format": FORMATS, "offload": OFFLOADS} # no numbers
+          "metric": ("dataset", "top1", "mean_per_class"),
+          "scheduler": ("DDPM", "DDIM", "PNDM", "DPM++", "DPM++ SDE", "Euler", "Euler a", "UniPC", "default"),
+          "precision": ("float32", "bfloat16", "float16"), "format": ("png", "jpeg"),
+          "offload": ("none", "model", "sequential")} # no numbers; written out, because the library imports torch
 
 # %% ../../nbs/study/00_settings.ipynb #7a6e3e5d
 def _is_one_of(key: str, keys: tuple[str, ...], last: tuple[str, ...] = ()) -> bool: # last: how other keys end
