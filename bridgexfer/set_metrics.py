@@ -10,11 +10,12 @@ __all__ = ['blocks', 'radii', 'precision_recall', 'density_coverage', 'gaussian_
 # %% ../nbs/library/24_set_metrics.ipynb #73715624
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 import numpy as np
-import pandas as pd
 from .alignment import kernel_distance
 from .artefacts import stable_hash
 from .images import Images
+if TYPE_CHECKING: import pandas as pd # imported inside functions: jobs that write records need no tables
 
 # %% ../nbs/library/24_set_metrics.ipynb #c05a75e2
 def _checked(*tables: np.ndarray, least: int = 1) -> list[np.ndarray]: # least: rows
@@ -183,7 +184,7 @@ class SetMetricsSpec:
 @dataclass(frozen=True, eq=False)
 class Comparison:
     "A synthetic set beside real images."
-    values: pd.DataFrame # index: metric; columns: synthetic, and real, which is one half against the other
+    values: "pd.DataFrame" # index: metric; columns: synthetic, and real, which is one half against the other
     real: int # images
     synthetic: int # images
     features: str # what they are
@@ -204,6 +205,7 @@ def compare_sets(real: tuple[np.ndarray, np.ndarray], # features (m, d) and labe
                  features: str = "", # what they are, for the reader
                 ) -> Comparison:
     "Every metric of a set, beside those of real images; too few images are a ValueError."
+    import pandas as pd
     x, y = real
     if len(x) < 12: raise ValueError(f"A comparison needs 12 real images, two halves of 6, got {len(x)}.")
     if len(synthetic[0]) < 4: raise ValueError(f"A comparison needs 4 synthetic images, got {len(synthetic[0])}.")

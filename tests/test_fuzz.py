@@ -335,6 +335,7 @@ def words(rng, folder, tmp):
     if rng.random() < 0.02: command = rng.choice(ODD)
     place = str(folder) if rng.random() < 0.7 else rng.choice(ODD)
     if command in ("verify", "predict", "export", "push"): place = rng.choice((str(tmp/"made"), str(tmp/"made"), place))
+    if command == "example": place = str(rng.choice((tmp/"new", folder))) # it writes where it is told
     line = [command]
     if command in OF_SETTINGS:
         line += ["profile=smoke", f"runs={tmp/'runs'}"]
