@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LADDER', 'MEASURED', 'ENCODED', 'PLANNED', 'DISAGREE', 'LUCK', 'SHORT', 'FINISHING', 'PORTIONS', 'Amounts',
-           'with_amounts', 'trials', 'style_work', 'own_work', 'generation_rate', 'training_rate', 'inversion_rate',
-           'measure', 'hours_of', 'choose', 'visible_effect', 'until', 'Clock', 'clock', 'images_in_time', 'planned',
-           'budget_text', 'begin_budget']
+           'with_amounts', 'trials', 'style_work', 'own_work', 'generation_rate', 'rate_of', 'training_rate',
+           'inversion_rate', 'measure', 'hours_of', 'choose', 'visible_effect', 'until', 'Clock', 'clock',
+           'images_in_time', 'planned', 'budget_text', 'begin_budget']
 
 # %% ../nbs/apps/03_budget.ipynb #9805015f
 import signal
@@ -128,6 +128,20 @@ def generation_rate(study: Study, # of `own_study`
     if one * len(rows) <= seconds: return len(rows) / (took(few, rows) * longer) # decoding counts too often: cautious
     return 1 / (one * longer)
 
+# %% ../nbs/apps/03_budget.ipynb #e62246a5
+def rate_of(repeat: Callable[[int], None], # does something so many times
+            seconds: float, # that it takes at least
+            first: int = 1, # repetitions to begin with
+           ) -> float: # a second
+    "How often something is done in a second, in ever longer trials."
+    n = first
+    while True:
+        started = time()
+        repeat(n)
+        elapsed = time() - started
+        if elapsed >= seconds: return n / elapsed
+        n *= 2
+
 # %% ../nbs/apps/03_budget.ipynb #2b7a79e5
 def training_rate(study: Study, # of `own_study`
                   data: Dataset,
@@ -141,13 +155,8 @@ def training_rate(study: Study, # of `own_study`
     _, spec = study.stages(data, arch, vanilla, values)
     some = data.train.take(np.arange(min(len(data.train), 8 * spec.batch)))
     model = create_backbone(arch, len(data.info.names))
-    epochs, elapsed = 1, 0.
-    while elapsed < seconds / 4:
-        started = time()
-        finetune(model, some, replace(spec, epochs=epochs), 0, device)
-        elapsed = time() - started
-        epochs *= 2
-    return epochs / 2 * len(some) / elapsed
+    def train(epochs): finetune(model, some, replace(spec, epochs=epochs), 0, device)
+    return len(some) * rate_of(train, seconds / 4)
 
 # %% ../nbs/apps/03_budget.ipynb #245da9b2
 ENCODED = 64 # images
@@ -161,15 +170,10 @@ def inversion_rate(study: Study, # of `own_study`
     some = data.train.take(np.arange(min(len(data.train), ENCODED)))
     spec = study.inversion(replace(data, train=some), "style", 0, 0)
     pipe = load_pipeline(study.model, "float32", device)
-    steps, elapsed = 1, 0.
     with TemporaryDirectory() as root:
-        invert(replace(spec, steps=1), some, root, pipe) # images are encoded, kernels are chosen
-        while elapsed < seconds / 4:
-            steps *= 2
-            started = time()
-            invert(replace(spec, steps=steps), some, root, pipe)
-            elapsed = time() - started
-    return steps / elapsed
+        def learn(steps): invert(replace(spec, steps=steps), some, root, pipe)
+        learn(1) # images are encoded, kernels are chosen
+        return rate_of(learn, seconds / 4, first=2)
 
 # %% ../nbs/apps/03_budget.ipynb #e253f2ef
 def measure(study: Study, # of `own_study`

@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 
-import httpx
+import httpx2 as httpx
 import pytest
 import requests
 from huggingface_hub.errors import FileMetadataError, LocalEntryNotFoundError

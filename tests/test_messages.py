@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError
-from httpx import ConnectError
+from httpx2 import ConnectError
 from PIL import Image
 from safetensors import SafetensorError
 

@@ -484,9 +484,6 @@ class Trainings(Runs):
 # %% ../../nbs/study/02_grid.ipynb #ce74710a
 class Cells(Trainings):
     "What hyper-parameters are chosen for: pipelines, by number of shots."
-    @cached_property
-    def _beyond(self) -> dict[tuple[str, str], set[tuple[str, int]]]: return {} # found by `beyond_cells`
-
     def _cells(self, dataset: str, arch: str, target: str) -> set[tuple[str, int]]: # pipeline and shots
         "What the sweeps of a target need hyper-parameters for."
         sweeps = [k for k, sweep in SWEEPS.items() if sweep.rule != "clip" and sweep.target == target
@@ -496,10 +493,12 @@ class Cells(Trainings):
 
     def beyond_cells(self, dataset: str, arch: str) -> set[tuple[str, int]]: # pipeline and shots
         "What `make beyond` chooses hyper-parameters for: all that `make tune` does not."
-        if (dataset, arch) not in self._beyond:
-            cells = [self._cells(dataset, arch, target) for target in ("beyond", "paper")]
-            self._beyond[dataset, arch] = cells[0] - cells[1]
-        return self._beyond[dataset, arch]
+        return self._beyond.get((dataset, arch), set())
+
+    @cached_property
+    def _beyond(self) -> dict[tuple[str, str], set[tuple[str, int]]]: # by dataset and backbone
+        tasks = [(d, a) for d in self.datasets_of("beyond_use") for a in self.archs]
+        return {task: self._cells(*task, "beyond") - self._cells(*task, "paper") for task in tasks}
 
 # %% ../../nbs/study/02_grid.ipynb #93b5cb4e
 class Tuned(Cells):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'INK', 'GROUND', 'mark', 'stroke', 'theme', 'panels', 'legend', 'key', 'fit', 'around_zero', 'band', 'ticks',
-           'sweep', 'curves', 'versus', 'forest', 'forests', 'canvas', 'write', 'box', 'ground', 'arrow', 'tiles',
-           'blocks_of_axes', 'gallery', 'save_table', 'save_figure']
+           'sweep', 'curves', 'versus', 'difference', 'forest', 'forests', 'canvas', 'write', 'box', 'ground', 'arrow',
+           'tiles', 'blocks_of_axes', 'gallery', 'save_table', 'save_figure']
 
 # %% ../../nbs/study/03_plots.ipynb #c271f098
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -190,6 +190,19 @@ def versus(ax: plt.Axes,
     low, high = ax.get_ylim()
     ax.set(xticks=[], xlim=(-.6, len(cell) - .4), ylim=(max(low, 0), min(high, 100 + .02 * (100 - low))))
 
+# %% ../../nbs/study/03_plots.ipynb #423d846a
+def difference(ax: plt.Axes,
+               y: float, # where on the vertical axis
+               row, # of a comparison: difference, low, high, verdict
+               color: str,
+               marker: str, # matplotlib's; filled where there is a verdict
+               size: float = 5., # of the marker, points
+              ):
+    "A paired difference with its interval."
+    inside = "white" if row.verdict == "inconclusive" else color
+    ax.plot([row.low, row.high], [y, y], color=color, lw=size / 2, alpha=.45, solid_capstyle="butt", zorder=2)
+    ax.plot(row.difference, y, marker, mec=color, mfc=inside, ms=size, zorder=3)
+
 # %% ../../nbs/study/03_plots.ipynb #1ade0a3d
 def forest(ax: plt.Axes,
            cell: pd.DataFrame, # a row for each line, from above: difference, low, high, verdict
@@ -197,12 +210,9 @@ def forest(ax: plt.Axes,
            about: str, # the pipeline that gives colour and marker
           ):
     "Paired differences with their intervals."
-    color = pipeline(about).color
+    look = pipeline(about)
     ax.axvline(0, color="black", lw=.8, zorder=1)
-    for y, r in enumerate(cell.itertuples()):
-        inside = "white" if r.verdict == "inconclusive" else color
-        ax.plot([r.low, r.high], [y, y], color=color, lw=2.5, alpha=.45, solid_capstyle="butt", zorder=2)
-        ax.plot(r.difference, y, pipeline(about).marker, mec=color, mfc=inside, ms=5, zorder=3)
+    for y, r in enumerate(cell.itertuples()): difference(ax, y, r, look.color, look.marker)
     ax.set(yticks=range(len(cell)), yticklabels=list(names), ylim=(len(cell) - .5, -.5))
 
 # %% ../../nbs/study/03_plots.ipynb #077d183b
