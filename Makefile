@@ -75,7 +75,7 @@ fuzz: .venv/.test ## odd folders, settings and words for MINUTES=60: a command e
 	@$(RUN) BRIDGEXFER_FUZZ_MINUTES="$(strip $(MINUTES))" python -m pytest -s -n 0 tests/test_fuzz.py $(ARGS)
 
 check: .venv/.test ## the quick part of the tests: style, notebooks clean, modules as exported, links
-	@$(RUN) python -m pytest tests/test_project.py tests/test_style.py -k "not runs and not readme"
+	@$(RUN) python -m pytest -n 2 tests/test_project.py tests/test_style.py -k "not runs and not readme"
 
 lab: .venv/.lab ## open the notebooks in JupyterLab
 	@$(RUN) jupyter lab nbs

@@ -28,7 +28,8 @@ from bridgexfer.synthetic_sets import begun_path, build_shard, find_damage, gene
 from bridgexfer.synthetic_sets import shard_columns, shard_rows, shard_schema, shard_table, write_shard
 
 ROOT = Path(__file__).parents[1]
-signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background jobs ignore Ctrl-C, and so would children
+# A shell's background jobs ignore Ctrl-C, and so would their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # ---- a shard that is being made
