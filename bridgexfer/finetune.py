@@ -32,7 +32,7 @@ from .loading import shuffled, train_batches
 # %% ../nbs/library/14_finetune.ipynb #04adca34
 @dataclass(frozen=True)
 class FinetuneSpec:
-    "Everything that decides the course of a fine-tuning, besides model, images and seed."
+    "Everything that decides the course of a fine-tuning, besides model, images and seed; the paper's recipe."
     lr: float # at the start; it falls to 0 along a cosine
     epochs: int # passes over the images
     batch: int = 64 # images a step, at most
@@ -46,6 +46,22 @@ class FinetuneSpec:
     def __post_init__(self):
         if not (self.lr > 0 and self.epochs >= 1 and self.batch >= 1 and self.mixup >= 0):
             raise ValueError(f"A fine-tuning needs lr > 0, epochs ≥ 1, batch ≥ 1 and mixup ≥ 0, got {self}.")
+
+    def optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, fused=True)
+
+    def schedule(self, opt: torch.optim.Optimizer,
+                 steps: int, # of the whole training
+                ) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+
+    def average(self, model: nn.Module) -> Any: # `module`, and `update` after each step; None: the last weights count
+        return None
+
+    def soften(self, y: torch.Tensor, # (n,) labels, or (n, C) targets
+               classes: int, # C
+              ) -> torch.Tensor:
+        return y
 
 # %% ../nbs/library/14_finetune.ipynb #acdfffaa
 def mix(x: torch.Tensor, # (n, 3, size, size)
@@ -79,12 +95,14 @@ def train_step(model: nn.Module, # in training mode
                y: torch.Tensor, # (n,) labels, or (n, C) targets
                alpha: float, # of mixup
                mix_rng: np.random.Generator, # of mixup
+               soften: Callable[[torch.Tensor, int], torch.Tensor] = lambda y, classes: y, # of targets, by a spec
               ) -> Step:
-    "One step of SGD; under mixup a prediction is right to the share λ of each label."
+    "One step; under mixup a prediction is right to the share λ of each label."
     x, partner, lam = mix(x, y, alpha, mix_rng)
     with autocast(x.device.type): logits = model(x).float()
-    loss = F.cross_entropy(logits, y)
-    if lam < 1: loss = lam * loss + (1 - lam) * F.cross_entropy(logits, partner)
+    classes = logits.shape[1]
+    loss = F.cross_entropy(logits, soften(y, classes))
+    if lam < 1: loss = lam * loss + (1 - lam) * F.cross_entropy(logits, soften(partner, classes))
     opt.zero_grad()
     loss.backward()
     opt.step()
@@ -180,6 +198,7 @@ class Training:
     rng: torch.Generator # of order, crops and flips
     mix_rng: np.random.Generator # of mixup
     course: Course # through the images
+    average: Any = None # of the weights, from the spec; None: the last weights count
     curve: list[dict[str, float]] = field(default_factory=list) # of each epoch so far: epoch, loss, train_accuracy
     began: float = field(default_factory=time) # seconds since 1970
 
@@ -192,14 +211,15 @@ def begin(model: nn.Module, # trained in place
           course: Course | None = None, # through the images; None: all of them in each epoch
          ) -> Training:
     "A training before its first step."
-    if course is None: course = (BalancedCourse if isinstance(spec, BalancedSpec) else Course)(images, spec)
+    balanced = getattr(spec, "balance", None) in BALANCES
+    if course is None: course = (BalancedCourse if balanced else Course)(images, spec)
     model.to(device, memory_format=torch.channels_last)
-    opt = torch.optim.SGD(model.parameters(), spec.lr, spec.momentum, weight_decay=spec.weight_decay, fused=True)
-    sched = torch.optim.lr_scheduler.CosineAnnealingLR(opt, sum(course.steps()))
+    opt = spec.optimiser(model)
+    sched = spec.schedule(opt, sum(course.steps()))
     rng = torch.Generator().manual_seed(stable_hash(seed, "order"))
     mix_rng = np.random.default_rng(stable_hash(seed, "mixup"))
     identity = f"{model_name(model)}, seed {seed}, {len(images)} images, {spec}{course}"
-    return Training(images, spec, identity, model, opt, sched, rng, mix_rng, course)
+    return Training(images, spec, identity, model, opt, sched, rng, mix_rng, course, spec.average(model))
 
 # %% ../nbs/library/14_finetune.ipynb #152297a7
 class NonFiniteLoss(ArithmeticError):
@@ -237,10 +257,12 @@ def train_epoch(t: Training, # changed in place, apart from its curve
     loss = right = 0.
     order = t.course.order(epoch, t.rng)
     batches = train_batches(t.images, t.spec.batch, config, t.spec.augment, t.rng, device, order)
-    for (x, y), rows in zip(batches, order, strict=True):
+    done = sum(t.course.steps()[:epoch])
+    for k, ((x, y), rows) in enumerate(zip(batches, order, strict=True), 1):
         t.model.train() # `on_step` may have evaluated it
-        step = train_step(t.model, t.opt, x, t.course.targets(epoch, rows, y), t.spec.mixup, t.mix_rng)
+        step = train_step(t.model, t.opt, x, t.course.targets(epoch, rows, y), t.spec.mixup, t.mix_rng, t.spec.soften)
         t.sched.step()
+        if t.average: t.average.update(t.model, done + k)
         loss += step.loss
         right += step.right
         if on_step: on_step(t, step)
@@ -248,14 +270,17 @@ def train_epoch(t: Training, # changed in place, apart from its curve
     return loss.item() / n, right.item() / n
 
 # %% ../nbs/library/14_finetune.ipynb #f1e70002
+_KEPT = {"momentum_buffer": "momentum"} # what an optimiser keeps of a parameter -> its name in a file, if another
+
 def save_state(path: Path, # of the file
                t: Training, # at the end of an epoch
               ) -> None:
     "Save what a training needs to resume."
     tensors = {f"model.{k}": v for k, v in t.model.state_dict().items()}
+    if t.average: tensors |= {f"average.{k}": v for k, v in t.average.module.state_dict().items()}
     for i, p in enumerate(t.model.parameters()):
-        momentum = t.opt.state.get(p, {}).get("momentum_buffer")
-        if momentum is not None: tensors[f"momentum.{i}"] = momentum
+        kept = t.opt.state.get(p, {})
+        tensors |= {f"{_KEPT.get(k, k)}.{i}": v for k, v in kept.items() if v is not None}
     tensors["order"] = t.rng.get_state()
     header = dict(identity=t.identity, curve=t.curve, seconds=time() - t.began, sched=t.sched.state_dict(),
                   lr=t.opt.param_groups[0]["lr"], mix_rng=t.mix_rng.bit_generator.state)
@@ -274,6 +299,26 @@ def elapsed(path: Path | None, # of a state
     return _header(path)["seconds"] if path and path.exists() else 0.
 
 # %% ../nbs/library/14_finetune.ipynb #6c58828d
+def _named(tensors: dict[str, torch.Tensor], # of a state
+           kind: str, # that the names begin with
+          ) -> dict[str, torch.Tensor]:
+    "The tensors of a kind, by the rest of their names."
+    return {k.removeprefix(f"{kind}."): v for k, v in tensors.items() if k.startswith(f"{kind}.")}
+
+def _load_optimiser(t: Training, # changed in place
+                    tensors: dict[str, torch.Tensor], # of a state
+                   ) -> None:
+    "Give an optimiser what it kept of each parameter."
+    kinds = {k.partition(".")[0] for k in tensors} - {"model", "average", "order"}
+    own = {name: k for k, name in _KEPT.items()}
+    parameters = list(t.model.parameters())
+    for kind in kinds:
+        for i, v in _named(tensors, kind).items():
+            p = parameters[int(i)]
+            like = torch.empty_like(p).copy_(v) if v.shape == p.shape else v.to(p.device) # in p's memory layout
+            t.opt.state[p][own.get(kind, kind)] = like
+
+# %% ../nbs/library/14_finetune.ipynb #d011dfbe
 def load_state(path: Path, # of the file
                t: Training, # that was just begun; changed in place
               ) -> None:
@@ -283,10 +328,9 @@ def load_state(path: Path, # of the file
     if found != t.identity: raise ValueError(f"{path} is the state of another training ({found}, "
                                              f"not {t.identity}): delete it or move it away.")
     tensors = load_file(path)
-    t.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    for i, p in enumerate(t.model.parameters()):
-        if f"momentum.{i}" not in tensors: continue
-        t.opt.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{i}"]) # in p's memory layout
+    t.model.load_state_dict(_named(tensors, "model"))
+    if t.average: t.average.module.load_state_dict(_named(tensors, "average"))
+    _load_optimiser(t, tensors)
     t.rng.set_state(tensors["order"])
     t.mix_rng.bit_generator.state = header["mix_rng"]
     t.sched.load_state_dict(header["sched"])
@@ -332,6 +376,7 @@ def finetune(model: nn.Module, # trained in place
             if state and epoch < spec.epochs and time() - saved >= every:
                 save_state(state, t)
                 saved = time()
+    if t.average: model.load_state_dict(t.average.module.state_dict())
     check_weights(model, label or model_name(model), spec)
     t.opt.zero_grad() # the last step's gradients are no part of the result
     return t.curve
