@@ -47,21 +47,13 @@ class FinetuneSpec:
         if not (self.lr > 0 and self.epochs >= 1 and self.batch >= 1 and self.mixup >= 0):
             raise ValueError(f"A fine-tuning needs lr > 0, epochs ≥ 1, batch ≥ 1 and mixup ≥ 0, got {self}.")
 
-    def optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
+    def make_optimiser(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, fused=True)
-
-    def schedule(self, opt: torch.optim.Optimizer,
-                 steps: int, # of the whole training
-                ) -> torch.optim.lr_scheduler.LRScheduler:
+    def make_schedule(self, opt: torch.optim.Optimizer, steps: int): # of the whole training -> as PyTorch's
         return torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-
-    def average(self, model: nn.Module) -> Any: # `module`, and `update` after each step; None: the last weights count
-        return None
-
-    def soften(self, y: torch.Tensor, # (n,) labels, or (n, C) targets
-               classes: int, # C
-              ) -> torch.Tensor:
-        return y
+    def make_average(self, model: nn.Module) -> Any: return None # the last weights count
+    def plain(self) -> "FinetuneSpec": return self # without another recipe
+    def soften(self, y: torch.Tensor, classes: int) -> torch.Tensor: return y # (n,) labels, or (n, C) targets
 
 # %% ../nbs/library/14_finetune.ipynb #acdfffaa
 def mix(x: torch.Tensor, # (n, 3, size, size)
@@ -214,12 +206,12 @@ def begin(model: nn.Module, # trained in place
     balanced = getattr(spec, "balance", None) in BALANCES
     if course is None: course = (BalancedCourse if balanced else Course)(images, spec)
     model.to(device, memory_format=torch.channels_last)
-    opt = spec.optimiser(model)
-    sched = spec.schedule(opt, sum(course.steps()))
+    opt = spec.make_optimiser(model)
+    sched = spec.make_schedule(opt, sum(course.steps()))
     rng = torch.Generator().manual_seed(stable_hash(seed, "order"))
     mix_rng = np.random.default_rng(stable_hash(seed, "mixup"))
     identity = f"{model_name(model)}, seed {seed}, {len(images)} images, {spec}{course}"
-    return Training(images, spec, identity, model, opt, sched, rng, mix_rng, course, spec.average(model))
+    return Training(images, spec, identity, model, opt, sched, rng, mix_rng, course, spec.make_average(model))
 
 # %% ../nbs/library/14_finetune.ipynb #152297a7
 class NonFiniteLoss(ArithmeticError):
@@ -272,6 +264,7 @@ def train_epoch(t: Training, # changed in place, apart from its curve
 # %% ../nbs/library/14_finetune.ipynb #f1e70002
 _KEPT = {"momentum_buffer": "momentum"} # what an optimiser keeps of a parameter -> its name in a file, if another
 
+# %% ../nbs/library/14_finetune.ipynb #0bff3154
 def save_state(path: Path, # of the file
                t: Training, # at the end of an epoch
               ) -> None:
@@ -305,6 +298,7 @@ def _named(tensors: dict[str, torch.Tensor], # of a state
     "The tensors of a kind, by the rest of their names."
     return {k.removeprefix(f"{kind}."): v for k, v in tensors.items() if k.startswith(f"{kind}.")}
 
+# %% ../nbs/library/14_finetune.ipynb #386ac3ed
 def _load_optimiser(t: Training, # changed in place
                     tensors: dict[str, torch.Tensor], # of a state
                    ) -> None:

@@ -47,22 +47,24 @@ LISTS = ("datasets", "archs", "pipelines", "shots", "seeds", "lrs", "few_shots",
          "mixed_images", "more_archs", "arch_pipelines", "arch_style_datasets", "fixed_datasets", "clip_datasets",
          "clip_shots", "few_seeds", "sweep_seeds", "tuning_seeds", "few_tuning_seeds", "stage1_lrs", "stage1_epochs",
          "mixed_epochs", "mixed_few_epochs", "repeats", "few_repeats", "clip_lrs",
-         "mix_weights", "real_shares", "keeps", "lora_datasets")
+         "mix_weights", "real_shares", "keeps", "lora_datasets", "adamw_lrs")
 
 NAMES = ("profile", "runs", "figures", "data", "model", "revision", "scheduler", "precision", "format", "clip",
          "offload", "inversion_init", "pipelines", "arch_pipelines", "archs", "more_archs",
          "datasets") # and `*_datasets`
 DECIMALS = ("guidance", "guidances", "momentum", "weight_decay", "vit_weight_decay", "mixup", "validation", "lr", "lrs",
             "stage1_lrs", "inversion_lr", "lora_lr", "clip_lrs", "mix_weights", "real_shares", "keeps", "crop",
-            "rotation", "grey",
+            "rotation", "grey", "adamw_lrs", "adamw_weight_decay", "layer_decay", "warmup", "ema", "smoothing",
             "memory", "hours") # and `*_memory`, `*_hours`
 FROM_ZERO = ("seeds", "few_seeds", "sweep_seeds", "tuning_seeds", "few_tuning_seeds", "gpu", "momentum", "weight_decay",
              "vit_weight_decay", "mixup", "mix_weights", "keeps", "guidance", "guidances",
-             "rotation", "grey", "fill") # and `*_gpu`; all other numbers are more than zero
+             "rotation", "grey", "fill", "adamw_weight_decay", "warmup", "ema", "smoothing",
+             "randaugment") # and `*_gpu`; all other numbers are more than zero
 MAY_BE_EMPTY = ("few_seeds", "sweep_seeds", "more_archs") # and `*_datasets`
 WORDS = {"lr": ("tuned",), "shots": ("full",), "style_shots": ("full",), "class_shots": ("full",),
          "crop": ("dataset",)} # beside numbers
 CHOOSE = {"flip": ("dataset", "yes", "no"), "balance": ("none", "weights", "sampling"),
+          "optimiser": ("sgd", "adamw"),
           "metric": ("dataset", "top1", "mean_per_class")} # no numbers
 
 # %% ../../nbs/study/00_settings.ipynb #7a6e3e5d
