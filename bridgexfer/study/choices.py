@@ -112,7 +112,8 @@ FINE_TUNING = (
            "timm's groups, without biases and normalisation; SGD decays everything, as in the paper"),
     Choice("λ of mixup", "finetune:mix", "assumed", "not stated; a batch is blended at once, as mixup's authors do"),
     Choice("precision of training", "evaluation:autocast", "assumed",
-           "not stated; it rounds, and changes nothing else; weights and optimiser are float32"),
+           "not stated; it rounds, and changes nothing else; weights and optimiser are float32; "
+           "what a machine without it computes in is kept with each result"),
     Choice("the model that is tested", "finetune:finetune", "assumed",
            "not stated; the best epoch could only be chosen on test images"),
     Choice("FC re-init", "backbones:reset_head", "assumed", "not stated how; as timm initialises a new model"),
@@ -300,7 +301,8 @@ NO_RESULT = { # pattern -> why no result depends on it
     **{f"*:{name}": "what can be chosen" for name in (
         "BALANCES", "OPTIMISERS", "RECIPE",
         "FORMATS", "TOKENS", "PRECISIONS", "AUTOCAST", "METRICS", "FIXED_PIPELINES", "VERDICTS")},
-    "generation:AT_ONCE": "what fits in memory",
+    "generation:AT_ONCE": "what fits in memory", "evaluation:EVALUATED": "what fits in memory",
+    "finetune:NO_SCALER": "it does nothing",
     "generation:BETWEEN": "a word of a spec",
     "study.engine:COUNT": "how tqdm writes", "study.engine:BAR": "how tqdm writes",
     "statistics:FALSE_VERDICTS": "what a simulation found",
