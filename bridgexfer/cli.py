@@ -72,6 +72,8 @@ def _own_study(dataset: str, profile: str | None, words: list[str] | None,
 def _device(name: str | None) -> str:
     "A device that computes: something is copied there and back."
     import torch
+    from bridgexfer.images import available_cores
+    if available_cores() < torch.get_num_threads(): torch.set_num_threads(available_cores()) # a container's quota
     if name is None: name = "cuda" if torch.cuda.is_available() else "cpu"
     try: torch.ones(1, device=name).add(1).cpu()
     except Exception as e: raise ValueError(f"The device {name!r} cannot be used: {_first_line(e)} "

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bridgexfer import evaluation, finetune as finetuning, generation, models, style_inversion
+from bridgexfer import images as images_module
 from bridgexfer.artefacts import read_json
 from bridgexfer.backbones import create_backbone
 from bridgexfer.data.registry import load_dataset
@@ -233,3 +234,33 @@ def test_one_that_does_not_fit_alone_is_an_error():
     opt = torch.optim.SGD([w], 0.1)
     with warnings.catch_warnings(action="ignore"), pytest.raises(torch.OutOfMemoryError):
         models.gradients_in_parts(never, 4, AtOnce(4), opt, gradient_scaler("cpu", "float32"))
+
+
+# ---- processors
+
+@pytest.mark.parametrize(("own", "files", "cores"), (
+    ("0::/", {"cpu.max": "200000 100000"}, 2),
+    ("0::/a/b", {"a/cpu.max": "50000 100000", "a/b/cpu.max": "max 100000"}, .5),
+    ("0::/a", {"cpu.max": "max 100000"}, np.inf), ("", {"cpu.max": "300000 100000"}, 3),
+    ("5:memory:/m\n4:cpu,cpuacct:/job", {"cpu,cpuacct/job/cpu.cfs_quota_us": "150000",
+                                         "cpu,cpuacct/job/cpu.cfs_period_us": "100000"}, 1.5),
+    ("4:cpu:/docker/1", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, np.inf),
+    ("nonsense", {"cpu.max": "nonsense"}, np.inf)))
+def test_the_smallest_quota_of_all_groups_holds(own, files, cores, tmp_path, monkeypatch):
+    (tmp_path/"own").write_text(own)
+    for name, text in files.items():
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).write_text(text + "\n")
+    assert images_module._quota(top=tmp_path, own=tmp_path/"own") == cores
+    monkeypatch.setattr(images_module, "_quota", lambda: cores)
+    monkeypatch.setattr(images_module.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert images_module.available_cores() == max(1, min(8, int(min(cores, 8))))
+
+
+def test_a_command_takes_no_more_threads_than_its_quota_has_cores(monkeypatch):
+    from bridgexfer import cli
+    taken = []
+    monkeypatch.setattr(images_module, "_quota", lambda: 1.5)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    assert cli._device("cpu") == "cpu" and taken == [1]
