@@ -174,12 +174,14 @@ def provenance(started: float, # `time.time()` when the work began
                device: str = "cpu", # where it ran
                images: int = 0, # how many were made or trained on; 0: the work had none
                seconds: float | None = None, # that the images took; None: all of them
+               precision: str = "", # that matrices were multiplied in; "": that of their numbers
               ) -> dict[str, Any]: # JSON values
     "Versions, commit, device and duration of a piece of work, and images/s."
     elapsed = time.time() - started
     made = {"seconds": round(elapsed, 2)}
     if images: made |= {"images": images, "images_per_s": round(images / max(seconds or elapsed, 1e-3), 1)}
     made |= {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "device": str(device)}
+    if precision: made["precision"] = precision
     made |= {"commit": _commit(), "python": platform.python_version()}
     return made | {name: version(name) for name in LIBRARIES}
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from .artefacts import PACKAGE, digest
 from .hub import fetch_file
-from .loading import InputConfig
+from .loading import SEEN, InputConfig
 
 # %% ../nbs/library/12_backbones.ipynb #22459c25
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Backbone:
     options: dict[str, Any] = field(default_factory=dict) # further arguments of `timm.create_model`
     source_classes: int = 1000 # of its source head; 0 if it was pre-trained without labels
     why: str = "" # these weights and no others
+    seen: float = SEEN # share of the shorter side that it is evaluated on
     commit: str = "" # of the hub that holds the weights; "": its newest
 
 # %% ../nbs/library/12_backbones.ipynb #08c24abf
@@ -63,7 +64,7 @@ def backbone(arch: str, # a key of `ARCHS`, or the name of any pre-trained timm 
         raise ValueError(f"Unknown architecture {arch!r}: choose {', '.join(ARCHS)}, "
                          "or a model of timm.list_models(pretrained=True).")
     cfg = _timm().get_pretrained_cfg(name)
-    return Backbone(name, cfg.input_size[-1], source_classes=cfg.num_classes, commit=commit)
+    return Backbone(name, cfg.input_size[-1], source_classes=cfg.num_classes, seen=cfg.crop_pct, commit=commit)
 
 # %% ../nbs/library/12_backbones.ipynb #fa1m1ly1
 TRANSFORMERS = ("vision_transformer", "deit", "beit", "eva") # modules of timm
@@ -83,13 +84,15 @@ def backbone_digest(arch: str, # a key of `ARCHS` or a timm model
     b = backbone(arch)
     if b.shipped: return digest(SHIPPED/f"{arch}.safetensors")
     name = _timm().get_pretrained_cfg(b.timm_name).hf_hub_id
-    return f"timm:{name}@{b.commit}" if b.commit else f"timm:{name}"
+    commit = f"@{b.commit}" if b.commit else ""
+    seen = "" if b.seen == SEEN else f" seen {b.seen:g}" # part of what its results mean
+    return f"timm:{name}{commit}{seen}"
 
 # %% ../nbs/library/12_backbones.ipynb #61801e8e
 def _overlay(arch: str) -> dict[str, Any]: # entries of timm's `pretrained_cfg`
     "Where a backbone differs from what timm says of its architecture."
     b = backbone(arch)
-    size = dict(input_size=(3, b.size, b.size))
+    size = dict(input_size=(3, b.size, b.size), crop_pct=b.seen)
     if not b.shipped: return size
     unlike = dict.fromkeys(("url", "hf_hub_id", "license", "paper_ids", "origin_url", "test_input_size", "pool_size"))
     return size | unlike | dict(tag=arch, mean=(0.5,) * 3, std=(0.5,) * 3, num_classes=b.source_classes)
@@ -161,7 +164,7 @@ def input_config(model: nn.Module, # any timm model
         raise ValueError(f"{type(model).__name__} has no `pretrained_cfg`: "
                          "set it to a dict of input_size (3, size, size), mean and std.")
     config = _timm().data.resolve_model_data_config(model)
-    return InputConfig(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
+    return InputConfig(config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]), config["crop_pct"])
 
 # %% ../nbs/library/12_backbones.ipynb #7849bd25
 def model_name(model: nn.Module) -> str: # such as "resnet18.tv_in1k"

@@ -220,7 +220,7 @@ class Deployed(nn.Module):
     "A classifier from pixels in [0, 1] to probabilities."
     def __init__(self, model: nn.Module): # of timm
         super().__init__()
-        _, mean, std = input_config(model)
+        _, mean, std, _ = input_config(model)
         self.model = model
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])

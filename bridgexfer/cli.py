@@ -124,6 +124,8 @@ def _own_study(dataset: str, profile: str | None, words: list[str] | None,
 def _device(name: str | None) -> str:
     "A device that computes: something is copied there and back."
     import torch
+    from bridgexfer.images import available_cores
+    if available_cores() < torch.get_num_threads(): torch.set_num_threads(available_cores()) # a container's quota
     if name is None: name = "cuda" if torch.cuda.is_available() else "cpu"
     try: torch.ones(1, device=name).add(1).cpu()
     except Exception as e: raise ValueError(f"The device {name!r} cannot be used: {_first_line(e)} "
@@ -535,15 +537,15 @@ def _study(words: list[str] | None):
     from bridgexfer.study.grid import Study
     return Study(**key_values(words))
 
-# %% ../nbs/apps/04_cli.ipynb #a2d60541
+# %% ../nbs/apps/04_cli.ipynb #9288228b
 @app.command()
 def plan(settings: KeyValues = None, as_json: AsJson = False) -> int:
     "What a profile costs before it runs: jobs, images, hours, disk."
-    from bridgexfer.study.costs import H100, TWO_CORES, costs, show_plan, targets_of, work_of
+    from bridgexfer.study.costs import H100, TWO_CORES, costs, plan_text, targets_of, work_of
     study = _study(settings)
     rates = TWO_CORES if study.offline else H100
-    found = costs(work_of(study, targets_of(study), beyond=True), rates)
-    return _answer(0, _rows(found), show_plan(found, rates), as_json)
+    if not as_json: return _answer(0, None, plan_text(study), as_json)
+    return _answer(0, _rows(costs(work_of(study, targets_of(study), beyond=True), rates)), "", as_json)
 
 # %% ../nbs/apps/04_cli.ipynb #b7593e62
 @app.command()

@@ -6,7 +6,7 @@
 __all__ = ['CLIP_PIPELINES', 'Clip', 'load_clip', 'embed_images', 'image_embeddings', 'zero_shot_head', 'synthetic_loss',
            'ClipSpec', 'deal', 'tune', 'head_loss', 'clip_transfer']
 
-# %% ../nbs/library/19_clip_tuning.ipynb #f707bc43
+# %% ../nbs/library/19_clip_tuning.ipynb #82cd4385
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 from .artefacts import stable_hash, unhashed
+from .evaluation import EVALUATED
 from .finetune import check_finite
 from .fixed_features import FeatureSpec, Head, cached_features, head_predict, head_result
 from .fixed_features import to_head, to_layer
 from .generation import check_lengths
 from .images import Images
-from .models import SHIPPED, check_filled, model_folder, opened_from, pinned, quiet, weights_of
+from .models import SHIPPED, check_filled, images_within, in_batches, model_folder, opened_from, pinned, quiet
+from .models import weights_of
 from .prompts import templates
 if TYPE_CHECKING: from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer # imported where it is needed
 
@@ -76,7 +78,7 @@ def load_clip(name: str, # as in `find_model`
 @torch.inference_mode()
 def embed_images(clip: Clip,
                  images: Images,
-                 batch: int = 256, # images a batch
+                 batch: int = 256, # images at once, at most
                 ) -> np.ndarray: # (n, d) float32, rows of length one
     "Where CLIP places images, in their order."
     def embed(pixels): # (n, h, w, 3) uint8
@@ -85,7 +87,8 @@ def embed_images(clip: Clip,
         z = clip.model.get_image_features(pixel_values=x.to(clip.model.device)).pooler_output
         return F.normalize(z, dim=-1).cpu()
     size = clip.model.config.vision_config.image_size
-    return torch.cat([embed(images.squares(size, slice(i, i + batch))) for i in range(0, len(images), batch)]).numpy()
+    fit = images_within(EVALUATED, size, batch)
+    return torch.cat(in_batches(lambda part: embed(images.squares(size, part)), len(images), fit)).numpy()
 
 # %% ../nbs/library/19_clip_tuning.ipynb #8b7bb7ac
 def image_embeddings(clip: Clip,

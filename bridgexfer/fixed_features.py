@@ -100,8 +100,8 @@ PLAIN = Augment(scale=(1., 1.), ratio=(1., 1.), flip=False)
 def head_spec(spec: FinetuneSpec, # of all layers
               **changes, # other fields, such as lr
              ) -> FinetuneSpec:
-    "The same training of the head alone: on features of the images as they are, and without mixup."
-    return replace(spec, frozen=True, augment=PLAIN, mixup=0., **changes)
+    "The same training of the head alone: by SGD, on features of the images as they are, and without mixup."
+    return replace(spec.plain(), frozen=True, augment=PLAIN, mixup=0., **changes)
 
 # %% ../nbs/library/18_fixed_features.ipynb #1e8f3bd0
 def _check_heads(x: np.ndarray, # (n, d)

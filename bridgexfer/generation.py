@@ -7,9 +7,9 @@ __all__ = ['SCHEDULERS', 'FORMATS', 'SYNTHESIS_VERSION', 'BETWEEN', 'AT_ONCE', '
            'check_choice', 'check_whole', 'check_texts', 'check_classes', 'check_guidance', 'check_prompts',
            'check_spec', 'as_texts', 'one_spelling', 'SynthesisSpec', 'synthesis_spec', 'with_lora', 'Weights',
            'split_weights', 'Row', 'sentences_of', 'negative_of', 'plan', 'make_scheduler', 'embed', 'check_images',
-           'decode', 'resized', 'encode', 'latent_noise', 'begin', 'predict_noise', 'denoise', 'takes_loop',
-           'from_images', 'copies', 'call_pipeline', 'check_lengths', 'size_unit', 'check_family', 'check_start',
-           'check_model', 'check_request', 'sample']
+           'check_black', 'decode', 'resized', 'encode', 'latent_noise', 'begin', 'predict_noise', 'denoise',
+           'takes_loop', 'from_images', 'copies', 'call_pipeline', 'check_lengths', 'size_unit', 'check_family',
+           'check_start', 'check_model', 'check_request', 'sample']
 
 # %% ../nbs/library/07_generation.ipynb #0484ca18
 import copy, inspect
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 from .artefacts import stable_hash, unhashed
-from .models import OFFLOADS, PRECISIONS, Family, family_of, find_weights, in_batches, lora_name, runs_on
-from .models import why_no_tokens, why_not_from_images, why_not_guided
+from .models import OFFLOADS, PRECISIONS, AtOnce, Family, family_of, find_weights, images_within, in_batches
+from .models import lora_name, runs_on, why_no_tokens, why_not_from_images, why_not_guided
 from .prompts import templates
 from .user_prompts import UserPrompts
 if TYPE_CHECKING: import diffusers # imported inside functions: programs that make no images do not wait for it
@@ -293,19 +293,29 @@ def check_images(finite: np.ndarray, # (n,) bool, of each image: whether all of 
                      f"(NaN or infinity), computing in {str(dtype).removeprefix('torch.')}: none of this shard is "
                      "stored. Its weights are damaged, or it needs the precision float32.")
 
+# %% ../nbs/library/07_generation.ipynb #a7e97fc1
+def check_black(pixels: np.ndarray, # (n, h, w, 3) uint8
+               ) -> np.ndarray: # the same
+    "Reject images without a pixel that is not black, which no model draws that is whole."
+    black = (~pixels.any((1, 2, 3))).sum()
+    if not black: return pixels
+    raise ValueError(f"The model made {black} of {len(pixels)} images that are black all over: none of this shard is "
+                     "stored. Its weights are damaged, a filter of its own hides images, or it needs the precision "
+                     "float32.")
+
 # %% ../nbs/library/07_generation.ipynb #4aebbe99
 def decode(pipe: "diffusers.StableDiffusionPipeline", # the model
            z: torch.Tensor, # (n, channels, h, h) latents
           ) -> np.ndarray: # (n, size, size, 3) uint8
     "Latents as pixels."
     vae = pipe.vae
-    images = max(1, AT_ONCE // (z.shape[-1] * pipe.vae_scale_factor)**2)
+    images = images_within(AT_ONCE, z.shape[-1] * pipe.vae_scale_factor, len(z))
     shift = vae.config.get("shift_factor") or 0 # of models of flows
     def pixels(some): return vae.decode((some / vae.config.scaling_factor + shift).to(vae.dtype), return_dict=False)[0]
     x = torch.cat([pixels(some) for some in z.split(images)]).float()
     check_images(x.isfinite().flatten(1).all(1).cpu().numpy(), vae.dtype)
     x = (x / 2 + 0.5).clamp(0, 1) * 255
-    return x.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return check_black(x.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
 # %% ../nbs/library/07_generation.ipynb #bee4a6ee
 def resized(pixels: np.ndarray, # (n, any, any, 3) uint8
@@ -324,7 +334,7 @@ def encode(pipe: "diffusers.StableDiffusionPipeline", # the model
     "The moments of the latents of images."
     vae = pipe.vae
     size = size or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    images = max(1, AT_ONCE // size**2)
+    images = images_within(AT_ONCE, size, len(pixels))
     def moments(some):
         x = torch.from_numpy(np.ascontiguousarray(resized(some, size))).to(runs_on(pipe))
         x = x.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -449,7 +459,7 @@ def call_pipeline(pipe: "diffusers.DiffusionPipeline", # any text-to-image pipel
     images = pipe(prompt=prompts, guidance_scale=spec.guidance, generator=generators, output_type="np", **how).images
     images = np.asarray(images)
     check_images(np.isfinite(images).reshape(len(images), -1).all(1), pipe.dtype)
-    return (images * 255).round().astype(np.uint8)
+    return check_black((images * 255).round().astype(np.uint8))
 
 # %% ../nbs/library/07_generation.ipynb #bb15efaa
 def _limits(pipe, # a pipeline of diffusers, or anything else with a tokenizer
@@ -548,6 +558,7 @@ def sample(pipe: "diffusers.DiffusionPipeline", # from `load_pipeline`
            spec: SynthesisSpec, # how to sample; of its prompts, the negative one alone is used
            cache: dict[str, torch.Tensor] | None = None, # embeddings of earlier prompts
            init_images: np.ndarray | None = None, # (n, any, any, 3) uint8 to start from, with spec.strength
+           fits: AtOnce | None = None, # images at a time, from earlier calls; None: `spec.batch`
           ) -> np.ndarray: # (n, size, size, 3) uint8
     "Images for prompts, `spec.batch` at a time, or as many as fit."
     check_request(pipe, prompts, seeds, spec, init_images)
@@ -562,7 +573,7 @@ def sample(pipe: "diffusers.DiffusionPipeline", # from `load_pipeline`
         c = embed(pipe, some, cache)
         away = embed(pipe, [negative_of(spec)], cache)
         return decode(pipe, denoise(pipe, spec, c, away, generators, moments))
-    return np.concatenate(in_batches(batch, len(prompts), spec.batch))
+    return np.concatenate(in_batches(batch, len(prompts), fits or spec.batch))
 
 # %% ../nbs/library/07_generation.ipynb #65a504c2
 STRENGTHS = {16: 0.15, 8: 0.20, 4: 0.35, 2: 0.40, 1: 0.50} # shots -> strength

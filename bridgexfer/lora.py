@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from math import cos, inf, pi
 from pathlib import Path
@@ -24,8 +25,8 @@ from tqdm import tqdm
 from .artefacts import STATE, atomic, found_or_made, provenance, read_tensors, spec_hash, stable_hash
 from .generation import check_choice, check_lengths, check_whole, embed
 from .images import Images
-from .models import ADAPTER, LORA_FILE, LORA_RECORD, SHIPPED, adapter_weights, family_of, find_weights
-from .models import lora_digest
+from .models import ADAPTER, LORA_FILE, LORA_RECORD, SHIPPED, AtOnce, adapter_weights, checked_step
+from .models import family_of, find_weights, gradient_scaler, gradients_in_parts, lora_digest, precision_on
 from .style_inversion import AUTOCAST, arithmetic, check_inverts, frozen, latent_moments, loss_curve
 from .style_inversion import noise_error, noise_schedule, noisy, open_model
 if TYPE_CHECKING: import diffusers
@@ -183,13 +184,14 @@ def prompt_embeddings(task: LoraTask,
 # %% ../nbs/library/10_lora.ipynb #41b55fe3
 def lora_loss(task: LoraTask,
               step: int, # number of the step
+              part: slice = slice(None), # of the step's images
              ) -> torch.Tensor: # ()
-    "The loss of a step."
+    "The loss of a step, or the mean over a part of its images."
     at, rng = draw_images(task, step)
     t = torch.randint(task.schedule.config.num_train_timesteps, (len(at),), generator=rng)
     z_t, eps = noisy(task.pipe, task.schedule, torch.from_numpy(task.moments[at]), t, rng)
-    c = prompt_embeddings(task, task.labels[at])
-    return noise_error(task.pipe, z_t, eps, t, c, task.spec.precision).mean()
+    c = prompt_embeddings(task, task.labels[at[part]])
+    return noise_error(task.pipe, z_t[part], eps[part], t[part], c, task.spec.precision).mean()
 
 # %% ../nbs/library/10_lora.ipynb #5d28edd1
 def rate(spec: LoraSpec,
@@ -250,14 +252,15 @@ def remember(state: dict[str, torch.Tensor], # brought up to date
 def one_step(task: LoraTask,
              step: int, # number of the step
              opt: torch.optim.Optimizer, # of the matrices
+             fits: AtOnce, # images at a time
+             scaler: torch.amp.GradScaler, # from `gradient_scaler`
             ) -> torch.Tensor: # () the loss, detached
     "A step of learning."
     for group in opt.param_groups: group["lr"] = rate(task.spec, step)
-    loss = lora_loss(task, step)
-    loss.backward()
-    opt.step()
+    loss = gradients_in_parts(partial(lora_loss, task, step), task.spec.batch, fits, opt, scaler)
+    checked_step(opt, scaler)
     opt.zero_grad(set_to_none=True)
-    return loss.detach()
+    return loss
 
 # %% ../nbs/library/10_lora.ipynb #9e77b56e
 def learn_lora(task: LoraTask,
@@ -272,8 +275,10 @@ def learn_lora(task: LoraTask,
     done = max(0, int(state["done"]) - task.which * spec.steps)
     if done >= spec.steps: return
     opt = optimiser_of(spec, matrices, state, done)
+    fits = AtOnce(spec.batch)
+    scaler = gradient_scaler(task.pipe.device, spec.precision)
     for step in range(done, spec.steps):
-        losses.append(one_step(task, step, opt))
+        losses.append(one_step(task, step, opt, fits, scaler))
         bar.update()
         if (step + 1) % every and step + 1 < spec.steps: continue
         remember(state, task, step + 1, matrices, opt, losses)
@@ -376,7 +381,8 @@ def build_lora(spec: LoraSpec,
     bar = tqdm(total=total, initial=int(state["done"]), **shown)
     with bar: train_loras(spec, folder, state, images, z, pipe, save, every, bar)
     seconds = float(state["seconds"])
-    made_by = provenance(started, pipe.device, total * spec.batch, seconds) | dict(seconds=round(seconds, 2))
+    now = precision_on(pipe.device, spec.precision)
+    made_by = provenance(started, pipe.device, total * spec.batch, seconds, now) | dict(seconds=round(seconds, 2))
     identity = dict(hash=spec_hash(spec), digest=lora_digest(folder))
     names = [class_of(spec, which) or spec.dataset for which in loras(spec)]
     return dict(**identity, curve=loss_curve(names, state["losses"]), **made_by, peft=version("peft"))

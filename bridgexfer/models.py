@@ -6,24 +6,27 @@
 __all__ = ['KINDS', 'SHIPPED', 'WEIGHTS_FILE', 'CONFIG_FILE', 'OPENED', 'CLIP_FILES', 'PRECISIONS', 'ENCODERS', 'OFFLOADS',
            'NETWORKS', 'FAMILIES', 'LICENCES', 'OPENRAIL', 'TOKENS_FILE', 'LORA_FILE', 'LORA_RECORD', 'ADAPTER',
            'Location', 'is_single', 'find_model', 'pinned', 'weights_of', 'find_weights', 'opening', 'model_folder',
-           'quiet', 'check_filled', 'unopened', 'opened_from', 'place', 'runs_on', 'load_pipeline', 'in_batches',
-           'Family', 'prediction_of', 'guidance_of', 'family_of', 'find_family', 'licence_of', 'notice',
-           'image_to_image', 'why_not_from_images', 'why_not_guided', 'why_no_tokens', 'why_not_inverted',
-           'what_families_do', 'read_tokens', 'load_token', 'lora_files', 'lora_digest', 'lora_name', 'adaptable',
-           'adapter_weights', 'put_lora', 'adapted']
+           'gpu_precision', 'cpu_precision', 'native_precision', 'precision_on', 'gradient_scaler', 'checked_step',
+           'scaled_step', 'quiet', 'check_filled', 'unopened', 'opened_from', 'place', 'runs_on', 'draws_numbers',
+           'load_pipeline', 'AtOnce', 'in_batches', 'images_within', 'gradients_in_parts', 'Family', 'prediction_of',
+           'guidance_of', 'family_of', 'find_family', 'licence_of', 'notice', 'image_to_image', 'why_not_from_images',
+           'why_not_guided', 'why_no_tokens', 'why_not_inverted', 'what_families_do', 'read_tokens', 'load_token',
+           'lora_files', 'lora_digest', 'lora_name', 'adaptable', 'adapter_weights', 'put_lora', 'adapted']
 
-# %% ../nbs/library/06_models.ipynb #53f1ec48
+# %% ../nbs/library/06_models.ipynb #c855adac
 import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from importlib import import_module
 from math import ceil
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+import numpy as np
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
@@ -140,6 +143,71 @@ def model_folder(model: str, # as it was asked for
 # %% ../nbs/library/06_models.ipynb #ab03a19b
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# %% ../nbs/library/06_models.ipynb #676ff224
+def gpu_precision(capability: tuple[int, int], # of CUDA, such as (8, 0)
+                  amd: bool = False, # a GPU of AMD's
+                 ) -> str: # a name in PRECISIONS
+    "The fastest arithmetic of a GPU: bfloat16 where it is native, else float16 where that is fast, else float32."
+    if amd or capability >= (8, 0): return "bfloat16"
+    return "float16" if capability >= (7, 0) else "float32"
+
+# %% ../nbs/library/06_models.ipynb #0f862ecb
+def cpu_precision(has: Mapping[str, Any], # from `torch.cpu.get_capabilities`
+                 ) -> str: # a name in PRECISIONS
+    "bfloat16 where a CPU has instructions for it, else float32."
+    native = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16") # of x86 and of ARM
+    return "bfloat16" if any(has.get(name) for name in native) else "float32"
+
+# %% ../nbs/library/06_models.ipynb #7cf44609
+@lru_cache
+def _say_precision(kind: str, precision: str) -> None: # kind: of device
+    "Say once that bfloat16 is not what is computed in."
+    warnings.warn(f"The {kind} of this machine has no bfloat16: it computes in {precision} where that is asked for.",
+                  stacklevel=4)
+
+def native_precision(device: str | torch.device) -> str: # a name in PRECISIONS
+    "What a machine computes in where bfloat16 is asked for."
+    kind = torch.device(device)
+    if kind.type == "cuda": found = gpu_precision(torch.cuda.get_device_capability(kind), bool(torch.version.hip))
+    elif kind.type == "cpu": found = cpu_precision(torch.cpu.get_capabilities())
+    else: found = "bfloat16"
+    if found != "bfloat16": _say_precision(kind.type, found)
+    return found
+
+# %% ../nbs/library/06_models.ipynb #dd0fc114
+def precision_on(device: str | torch.device,
+                 asked: str = "bfloat16", # a name in PRECISIONS
+                ) -> str: # a name in PRECISIONS
+    "The precision in which a machine computes what asks for one."
+    if asked not in PRECISIONS: raise ValueError(f"Unknown precision {asked!r}: choose {', '.join(PRECISIONS)}.")
+    return native_precision(device) if asked == "bfloat16" else asked
+
+# %% ../nbs/library/06_models.ipynb #2a54c83b
+def gradient_scaler(device: str | torch.device,
+                    asked: str = "bfloat16", # a name in PRECISIONS
+                   ) -> torch.amp.GradScaler: # does nothing unless the machine computes in float16
+    "What keeps the gradients of float16 in its range."
+    enabled = precision_on(device, asked) == "float16"
+    return torch.amp.GradScaler(torch.device(device).type, init_scale=2.**10, enabled=enabled)
+
+# %% ../nbs/library/06_models.ipynb #b29ca55a
+def checked_step(opt: torch.optim.Optimizer, # whose gradients are there
+                 scaler: torch.amp.GradScaler, # that they were scaled by
+                ) -> None:
+    "A step, unless its gradients are not finite in float16; they stay, unscaled."
+    scaler.unscale_(opt)
+    scaler.step(opt)
+    scaler.update()
+
+# %% ../nbs/library/06_models.ipynb #1d69fabf
+def scaled_step(loss: torch.Tensor, # ()
+                opt: torch.optim.Optimizer,
+                scaler: torch.amp.GradScaler, # from `gradient_scaler`
+               ) -> None:
+    "Differentiate a loss and take a step."
+    scaler.scale(loss).backward()
+    checked_step(opt, scaler)
+
 # %% ../nbs/library/06_models.ipynb #84c371fd
 @contextmanager
 def quiet(*libraries: str): # "diffusers", "transformers"
@@ -238,21 +306,16 @@ def runs_on(pipe: "diffusers.DiffusionPipeline") -> torch.device:
     "Where a pipeline computes; its weights are elsewhere if they are offloaded."
     return pipe._execution_device
 
-# %% ../nbs/library/06_models.ipynb #3faeec15
-def load_pipeline(model: str, # "miniature", a folder, "id" or "id@revision"
-                  precision: str = "float32", # of the weights: a name in PRECISIONS
-                  device: str = "cpu", # where it will run
-                  offload: str = "none", # a name in OFFLOADS
-                 ) -> "diffusers.DiffusionPipeline":
-    "Open a text-to-image pipeline for sampling."
-    if precision not in PRECISIONS:
-        raise ValueError(f"Unknown precision {precision!r}: choose {', '.join(PRECISIONS)}.")
-    location = pinned(model)
-    folder = model_folder(model, location)
-    with opened_from(folder, location, "pipeline"):
-        pipe = _open(folder, PRECISIONS[precision])
-        parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-        check_filled(name for part in parts for name, p in part.named_parameters() if p.is_meta)
+# %% ../nbs/library/06_models.ipynb #bd6ce769
+def _placed(folder: Path, # or a single file
+            precision: str, # of the weights: a name in PRECISIONS
+            device: str, # where it will run
+            offload: str, # a name in OFFLOADS
+           ) -> "diffusers.DiffusionPipeline":
+    "A pipeline where it computes."
+    pipe = _open(folder, PRECISIONS[precision])
+    parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    check_filled(name for part in parts for name, p in part.named_parameters() if p.is_meta)
     pipe.set_progress_bar_config(disable=True)
     place(pipe, device, offload)
     networks = [getattr(pipe, name, None) for name in ("unet", "vae")]
@@ -260,24 +323,85 @@ def load_pipeline(model: str, # "miniature", a folder, "id" or "id@revision"
         if torch.device(device).type == "cuda": network.to(memory_format=torch.channels_last)
     return pipe
 
+# %% ../nbs/library/06_models.ipynb #c993cb02
+def draws_numbers(pipe: "diffusers.DiffusionPipeline") -> bool:
+    "Whether an image of a pipeline, after two steps, has finite numbers alone."
+    generator = torch.Generator().manual_seed(0)
+    image = pipe("a photo", num_inference_steps=2, generator=generator, output_type="np").images
+    return bool(np.isfinite(image).all())
+
+# %% ../nbs/library/06_models.ipynb #a3c16042
+def load_pipeline(model: str, # "miniature", a folder, "id" or "id@revision"
+                  precision: str = "float32", # of the weights: a name in PRECISIONS
+                  device: str = "cpu", # where it will run
+                  offload: str = "none", # a name in OFFLOADS
+                 ) -> "diffusers.DiffusionPipeline":
+    "Open a text-to-image pipeline for sampling."
+    now = precision_on(device, precision)
+    location = pinned(model)
+    folder = model_folder(model, location)
+    with opened_from(folder, location, "pipeline"): pipe = _placed(folder, now, device, offload)
+    if now in (precision, "float32") or draws_numbers(pipe): return pipe
+    warnings.warn(f"{model} overflows in {now}: it computes in float32.", stacklevel=2)
+    del pipe # before the next takes its place
+    return _placed(folder, "float32", device, offload)
+
 # %% ../nbs/library/06_models.ipynb #a54ddb04
+@dataclass
+class AtOnce:
+    "How many things are worked on at a time; fewer from the first time on that memory is exhausted."
+    most: int
+
+    def halve(self, tried: int) -> None: # tried: things that were too many
+        self.most = ceil(tried / 2)
+        warnings.warn(f"The GPU's memory is too small for {tried} at a time: trying {self.most}.", stacklevel=3)
+
+# %% ../nbs/library/06_models.ipynb #5ecab017
 def in_batches(work: Callable[[slice], Any], # a part of n things -> its result
                n: int,
-               batch: int, # things at a time, at most
+               batch: int | AtOnce, # things at a time, at most; an `AtOnce` remembers for the next call what fits
               ) -> list[Any]: # results, in order
     "Work on n things, with half as many at a time whenever a GPU's memory is exhausted."
-    results = []
-    at = 0
+    fits = batch if isinstance(batch, AtOnce) else AtOnce(batch)
+    results, at = [], 0
     while at < n:
-        part = slice(at, min(at + batch, n))
+        part = slice(at, min(at + fits.most, n))
         try: results.append(work(part))
         except torch.OutOfMemoryError:
-            tried = part.stop - at
-            if tried == 1: raise
-            batch = ceil(tried / 2)
-            warnings.warn(f"The GPU's memory is too small for {tried} at a time: trying {batch}.", stacklevel=2)
+            if part.stop - at == 1: raise
+            fits.halve(part.stop - at)
         else: at = part.stop
     return results
+
+# %% ../nbs/library/06_models.ipynb #dd93916f
+def images_within(pixels: int, # at once, at most
+                   size: int, # of an image, pixels
+                   most: int, # images at once, at most
+                  ) -> int: # images, at least one
+    "How many images have a number of pixels."
+    return max(1, min(most, pixels // size**2))
+
+# %% ../nbs/library/06_models.ipynb #96842ee8
+def gradients_in_parts(loss_of: Callable[[slice], torch.Tensor], # a part of n images -> its mean loss
+                       n: int,
+                       fits: AtOnce, # images at a time
+                       opt: torch.optim.Optimizer, # whose gradients are none as yet
+                       scaler: torch.amp.GradScaler, # from `gradient_scaler`
+                      ) -> torch.Tensor: # () mean loss, detached
+    "The gradient of a mean over images, from parts of them; begun anew with half as many where memory is exhausted."
+    parts = [slice(at, min(at + fits.most, n)) for at in range(0, n, fits.most)]
+    total = 0.
+    try:
+        for part in parts:
+            loss = loss_of(part) * ((part.stop - part.start) / n)
+            scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+    except torch.OutOfMemoryError:
+        if fits.most == 1: raise
+    opt.zero_grad(set_to_none=True)
+    fits.halve(min(n, fits.most))
+    return gradients_in_parts(loss_of, n, fits, opt, scaler)
 
 # %% ../nbs/library/06_models.ipynb #2bf441a5
 class Family(NamedTuple):

@@ -36,7 +36,6 @@ from .finetune import NonFiniteLoss
 from .generation import with_lora
 from .images import SMALL, Images
 from .imported_sets import ImageSet, ImportedSet, open_set
-from .loading import SEEN
 from .lora import adapt
 from .prompts import names_nothing
 from .search import Trial, search
@@ -463,9 +462,9 @@ def timm_config(model: nn.Module, # of timm
                 stored_size: int, # of the images it was tested on, pixels
                ) -> dict[str, object]: # as in timm's `pretrained_cfg`
     "How an image becomes the input of a backbone."
-    size, mean, std = input_config(model)
+    size, mean, std, seen = input_config(model)
     small = stored_size <= SMALL
-    how = dict(crop_pct=size / stored_size if small else SEEN, interpolation="bicubic" if small else "bilinear")
+    how = dict(crop_pct=size / stored_size if small else seen, interpolation="bicubic" if small else "bilinear")
     return dict(input_size=(3, size, size), mean=mean, std=std) | how
 
 # %% ../nbs/apps/00_own_images.ipynb #f19f34a7

@@ -9,11 +9,12 @@ __all__ = ['TOKENS', 'AUTOCAST', 'INVERSION_VERSION', 'InversionSpec', 'check_in
            'fresh_state', 'optimiser', 'record', 'learn', 'train_tokens', 'loss_curve', 'check_method', 'check_images',
            'open_model', 'save_tokens', 'invert', 'stratified', 'denoising_loss']
 
-# %% ../nbs/library/09_style_inversion.ipynb #08a82172
+# %% ../nbs/library/09_style_inversion.ipynb #0ee05185
 import copy, time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,10 +24,11 @@ from safetensors.torch import save_file
 from torch.func import functional_call
 from tqdm import tqdm
 from .artefacts import STATE, atomic, found_or_made, provenance, read_tensors, spec_hash, stable_hash
-from .generation import check_choice, check_lengths, check_whole, embed, encode, make_scheduler
+from .generation import AT_ONCE, check_choice, check_lengths, check_whole, embed, encode, make_scheduler
 from .images import Images
-from .models import SHIPPED, TOKENS_FILE, Family, family_of, find_family, find_weights, load_pipeline
-from .models import why_not_inverted
+from .models import PRECISIONS, SHIPPED, TOKENS_FILE, AtOnce, Family, checked_step, family_of, find_family
+from .models import find_weights, gradient_scaler, gradients_in_parts, images_within, in_batches
+from .models import load_pipeline, precision_on, why_not_inverted
 from .prompts import SINGLE_TEMPLATE, templates
 if TYPE_CHECKING: import diffusers
 
@@ -217,7 +219,9 @@ def arithmetic(device: torch.device, # that the networks are on
                precision: str, # a name in AUTOCAST
               ): # a context
     "The precision in which networks compute; their weights keep theirs."
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    now = precision_on(device, precision)
+    dtype = torch.bfloat16 if now == "float32" else PRECISIONS[now] # of no meaning where it is not enabled
+    return torch.autocast(device.type, dtype, enabled=now != "float32")
 
 # %% ../nbs/library/09_style_inversion.ipynb #0ef432a4
 def embed_with(task: TokenTask,
@@ -263,13 +267,14 @@ def noise_error(pipe: "diffusers.StableDiffusionPipeline", # the model
 def step_loss(task: TokenTask,
               step: int, # number of the step
               row: torch.Tensor, # (width,) the token's embedding
+              part: slice = slice(None), # of the step's images
              ) -> torch.Tensor: # ()
-    "The loss of a step."
+    "The loss of a step, or the mean over a part of its images."
     prompt, at, rng = draw(task, step)
     t = torch.randint(task.schedule.config.num_train_timesteps, (len(at),), generator=rng)
     z_t, eps = noisy(task.pipe, task.schedule, torch.from_numpy(task.moments[at]), t, rng)
-    c = embed_with(task, row, prompt).expand(len(at), -1, -1)
-    return noise_error(task.pipe, z_t, eps, t, c, task.spec.precision).mean()
+    c = embed_with(task, row, prompt).expand(len(at[part]), -1, -1)
+    return noise_error(task.pipe, z_t[part], eps[part], t[part], c, task.spec.precision).mean()
 
 # %% ../nbs/library/09_style_inversion.ipynb #6ad4648e
 def fresh_state(spec: InversionSpec,
@@ -325,12 +330,12 @@ def learn(task: TokenTask,
     done = int(state["done"]) - task.token * spec.steps
     row = state["rows"][task.token].to(task.pipe.unet.device, copy=True).requires_grad_()
     opt = optimiser(row, spec, state, done)
+    fits = AtOnce(spec.batch)
+    scaler = gradient_scaler(row.device, spec.precision)
     for step in range(done, spec.steps):
-        loss = step_loss(task, step, row)
-        loss.backward()
-        opt.step()
+        losses.append(gradients_in_parts(partial(step_loss, task, step, row), spec.batch, fits, opt, scaler))
+        checked_step(opt, scaler)
         opt.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
         bar.update()
         if (step + 1) % every and step + 1 < spec.steps: continue
         record(state, task, step + 1, row, opt, losses)
@@ -417,7 +422,8 @@ def save_tokens(spec: InversionSpec,
     vectors = {word: row.clone() for word, row in zip(words, state["rows"])}
     with atomic(folder/TOKENS_FILE) as part: save_file(vectors, part)
     images = spec.steps * spec.batch * len(words)
-    made_by = provenance(started, device, images, seconds) | dict(seconds=round(seconds, 2)) # those of all runs
+    made_by = provenance(started, device, images, seconds, precision_on(device, spec.precision))
+    made_by |= dict(seconds=round(seconds, 2)) # those of all runs
     curve = loss_curve(token_words(spec), state["losses"])
     return dict(words=words, curve=curve, **made_by)
 
@@ -462,7 +468,7 @@ def denoising_loss(pipe: "diffusers.StableDiffusionPipeline", # the model; it kn
                    moments: np.ndarray | None = None, # (n, 2c, h, w) of the images; None: at the model's own size
                    seed: int = 0, # of noise and timesteps
                    draws: int = 8, # of noise and timestep for each image
-                   batch: int = 64, # predictions at once
+                   batch: int = 64, # predictions at once, at most
                    precision: str = "float32", # of the UNet's arithmetic
                   ) -> np.ndarray: # (n,) mean over the draws
     "The error of equation 2 for each image under its prompt."
@@ -471,14 +477,17 @@ def denoising_loss(pipe: "diffusers.StableDiffusionPipeline", # the model; it kn
     if moments is None: moments = encode(pipe, images.squares(own_size(pipe))).cpu().numpy()
     schedule = noise_schedule(pipe)
     known = {}
-    total = np.zeros(n)
-    for at in np.split(np.arange(n), range(batch, n, batch)):
+    def losses(part): # (part,)
+        at = np.arange(n)[part]
         c = embed(pipe, [prompts[i] for i in at], known)
         latents = torch.from_numpy(moments[at])
+        total = np.zeros(len(at))
         for k in range(draws):
             seeds = [stable_hash("denoising", seed, images.rows[i], k) % 2**32 for i in at]
             rng = [torch.Generator().manual_seed(s) for s in seeds]
             t = stratified(schedule, rng, k, draws)
             z_t, eps = noisy(pipe, schedule, latents, t, rng)
-            total[at] += noise_error(pipe, z_t, eps, t, c, precision).cpu().numpy()
-    return total / draws
+            total += noise_error(pipe, z_t, eps, t, c, precision).cpu().numpy()
+        return total
+    fit = images_within(AT_ONCE, moments.shape[-1] * pipe.vae_scale_factor, batch)
+    return np.concatenate(in_batches(losses, n, fit)) / draws

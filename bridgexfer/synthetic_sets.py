@@ -12,7 +12,7 @@ __all__ = ['COLUMNS', 'ROWS', 'ANOTHER', 'SAVE_EVERY', 'MEMORY', 'CAVEATS', 'CAR
            'first_files', 'first_images', 'soft_labelled', 'SyntheticSet', 'available', 'caveats', 'facts', 'card',
            'generate', 'slug', 'export_folders']
 
-# %% ../nbs/library/08_synthetic_sets.ipynb #c588b2e1
+# %% ../nbs/library/08_synthetic_sets.ipynb #cf308d1f
 import hashlib, io, json, re, time, unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +34,8 @@ from .generation import check_family, check_lengths, check_model, check_whole, e
 from .generation import plan, sample, sentences_of, split_weights, takes_loop
 from .images import SMALL, Images, Parts, SoftImages, decode_into, file_array, files_of, mapped, mapped_files
 from .images import store
-from .models import adapted, find_family, find_weights, licence_of, load_pipeline, load_token, lora_files
-from .models import lora_name, runs_on
+from .models import AtOnce, adapted, find_family, find_weights, licence_of, load_pipeline, load_token
+from .models import lora_files, lora_name, runs_on
 if TYPE_CHECKING: import diffusers, huggingface_hub, torch
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #b607b525
@@ -285,10 +285,11 @@ def sample_rows(spec: SynthesisSpec, # the set
                 pipe: "diffusers.DiffusionPipeline", # with the LoRA that draws them
                 cache: "dict[str, torch.Tensor]", # embeddings of earlier prompts; grows
                 init_images: Images | None, # the real images of the spec
+                fits: AtOnce | None = None, # images at a time, from earlier calls
                ) -> np.ndarray: # (n, size, size, 3) uint8
     "The images of some rows."
     real = init_images and init_images.squares(spec.size, init_images_of(spec, rows, init_images))
-    return sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], spec, cache, real)
+    return sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], spec, cache, real, fits)
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #f85f5401
 def make_shard(spec: SynthesisSpec, # the set
@@ -306,6 +307,7 @@ def make_shard(spec: SynthesisSpec, # the set
     there = {*order[:len(begun)]}
     files = {}
     saved = time.monotonic()
+    fits = AtOnce(spec.batch)
     bar.update(len(begun))
     with ThreadPoolExecutor(1) as pool:
         def made(): return [*begun, *(file.result() for file in files.values())]
@@ -318,7 +320,7 @@ def make_shard(spec: SynthesisSpec, # the set
                         save(made())
                         saved = time.monotonic()
                     some = places[at:at + spec.batch]
-                    images = sample_rows(spec, [rows[i] for i in some], pipe, cache, init_images)
+                    images = sample_rows(spec, [rows[i] for i in some], pipe, cache, init_images, fits)
                     files |= {i: pool.submit(image_file, image, spec) for i, image in zip(some, images)}
                     bar.update(len(some))
         drawn = dict(zip(order, made()))
@@ -369,7 +371,9 @@ def build_shard(spec: SynthesisSpec, # the set
     started = time.time()
     begun = read_begun(path, spec, number)
     table = make_shard(spec, number, pipe, bar, init_images, begun, partial(save_begun, path, spec, number))
-    write_json(path.with_suffix(".json"), provenance(started, str(runs_on(pipe)), len(table) - len(begun)))
+    precision = str(pipe.dtype).removeprefix("torch.")
+    made = provenance(started, str(runs_on(pipe)), len(table) - len(begun), precision=precision)
+    write_json(path.with_suffix(".json"), made)
     write_shard(path, table)
     begun_path(path).unlink(missing_ok=True)
 

@@ -26,6 +26,7 @@ from .evaluation import evaluate
 from .finetune import FinetuneSpec, check_finite, elapsed, finetune
 from .images import Images, Parts, SoftImages
 from .mixing import MixedCourse, Mixing, epoch_sizes
+from .models import precision_on
 
 # %% ../nbs/library/16_transfer.ipynb #9129eec9
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def make_bridge(spec: BridgeSpec,
         curve = finetune(model, images, spec.finetune, stable_hash(spec.seed, "stage 1"), device, label, state, every)
         weights = {k: v.contiguous() for k, v in model.state_dict().items()}
         with atomic(folder/"model.safetensors") as part: save_file(weights, part)
-        return dict(curve=curve, **provenance(started, device, spec.finetune.epochs * len(images)))
+        passes = spec.finetune.epochs * len(images)
+        return dict(curve=curve, **provenance(started, device, passes, precision=precision_on(device)))
     return found_or_made(root, spec, "bridge.json", build)
 
 # %% ../nbs/library/16_transfer.ipynb #d247fddd

@@ -71,7 +71,7 @@ def test_a_model_knows_its_input(arch):
     cfg = timm.get_pretrained_cfg(b.timm_name)
     model = untrained(arch, 5)
     mean, std = ((0.5,) * 3, (0.5,) * 3) if b.shipped else (tuple(cfg.mean), tuple(cfg.std))
-    assert input_config(model) == input_config(reset_head(model, 3, 0)) == (b.size, mean, std)
+    assert input_config(model) == input_config(reset_head(model, 3, 0)) == (b.size, mean, std, b.seen)
     assert model_name(model) == (f"{b.timm_name}.{arch}" if b.shipped else f"{cfg.architecture}.{cfg.tag}")
 
 

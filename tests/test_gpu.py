@@ -1,8 +1,12 @@
 """A study that asks for a GPU stops before any work where there is none, and says why."""
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from bridgexfer.study.costs import no_gpu, require_gpu
+from bridgexfer.cli import main
+from bridgexfer.study.costs import memory_text, no_gpu, require_gpu
 from bridgexfer.study.grid import Study
 from test_jobs import Clone
 
@@ -38,10 +42,33 @@ def test_a_profile_that_asks_for_none_or_is_told_to_do_without_runs(monkeypatch)
     for study in (Study("miniature"), Study("smoke"), Study("evening", gpu="0")): require_gpu(study)
 
 
-def test_a_gpu_satisfies(monkeypatch):
+def with_memory(monkeypatch, gigabytes):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: SimpleNamespace(total_memory=gigabytes * 1e9))
+
+
+@pytest.mark.parametrize(("profile", "gigabytes"), (("paper", 80), ("evening", 12), ("evening", 16)))
+def test_a_gpu_satisfies(profile, gigabytes, monkeypatch):
+    with_memory(monkeypatch, gigabytes)
     assert no_gpu() == ""
-    require_gpu(Study("paper"))
+    with warnings.catch_warnings(action="error"): require_gpu(Study(profile, lr="0.01"))
+
+
+def test_a_gpu_with_too_little_memory_is_said_beforehand(monkeypatch):
+    with_memory(monkeypatch, 12)
+    with pytest.warns(UserWarning) as said: require_gpu(Study("paper", lr="0.01"))
+    text, = {str(w.message) for w in said}
+    assert text == ("transfer with vit_large takes about 28 GB of a GPU's memory (counted, at the batch of the paper), "
+                    "and this one has 12: leave it out.")
+
+
+def test_the_plan_says_which_gpu(capsys):
+    assert memory_text(Study("evening", lr="0.01")) == (
+        "GPU memory: generate 7 GB, style 9 GB, alignment 9 GB, resnet18 2 GB: a GPU of 12 GB")
+    assert memory_text(Study("paper", lr="0.01")).endswith("vit_large 28 GB: a GPU of 32 GB")
+    assert memory_text(Study("miniature")) == "" == memory_text(Study("evening", lr="0.01", gpu="0"))
+    assert main(["plan", "profile=evening", "lr=0.01"]) == 0
+    assert capsys.readouterr().out.endswith("a GPU of 12 GB\n")
 
 
 @pytest.mark.slow

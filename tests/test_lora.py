@@ -97,10 +97,10 @@ def test_a_stopped_run_ends_as_an_unbroken_one(pipe, few, tmp_path, monkeypatch,
     whole = adapt(spec, images, tmp_path/"whole", pipe=pipe, every=2)
     seen, lora_loss = [], module.lora_loss
 
-    def stopping(task, step):
+    def stopping(task, step, part=slice(None)):
         if len(seen) == stop: raise KeyboardInterrupt
         seen.append(step)
-        return lora_loss(task, step)
+        return lora_loss(task, step, part)
 
     monkeypatch.setattr(module, "lora_loss", stopping)
     with pytest.raises(KeyboardInterrupt): adapt(spec, images, tmp_path/"stopped", pipe=pipe, every=2)

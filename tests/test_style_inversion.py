@@ -137,11 +137,11 @@ def test_a_stopped_run_ends_as_an_unbroken_one(
     whole = invert(spec, few, tmp_path / "whole", pipe=pipe, every=2)
     seen = []
 
-    def stopping(task, step, row):
+    def stopping(task, step, row, part=slice(None)):
         if len(seen) == stop:
             raise KeyboardInterrupt
         seen.append(step)
-        return step_loss(task, step, row)
+        return step_loss(task, step, row, part)
 
     monkeypatch.setattr(style_inversion, "step_loss", stopping)
     with pytest.raises(KeyboardInterrupt):

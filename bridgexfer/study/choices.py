@@ -99,12 +99,22 @@ FINE_TUNING = (
     Choice("mirrored at random", "datasets:Augment.flip", "assumed", "not stated; as usual for ImageNet"),
     Choice("the same for glyphs", "datasets:GLYPHS", "assumed", "a glyph that is mirrored or cut may be another one"),
     Choice("the same with fixed features", "fixed_features:PLAIN", "assumed", "not stated; features are computed once"),
-    Choice("evaluation: share of the shorter side", "loading:SEEN", "assumed", "not stated; as usual for ImageNet"),
+    Choice("evaluation: share of the shorter side", "loading:SEEN", "assumed",
+           "not stated; as usual for ImageNet; of other networks timm's"),
     Choice("how classes are weighted", "finetune:balance_weights", "assumed",
            "where `balance` asks for it; a class's images together count as those of any other"),
+    Choice("RandAugment", "loading:RAND", "assumed", "where `randaugment` gives its magnitude; timm's usual one"),
+    Choice("warm-up of a recipe", "recipes:WarmCosine", "assumed",
+           "where `warmup` asks for it; from a rate above 0, which would waste a step"),
+    Choice("average of a recipe", "recipes:RecipeSpec.make_average", "assumed",
+           "where `ema` asks for it; timm's, whose decay rises, so that the first weights are forgotten"),
+    Choice("soft labels of a recipe", "recipes:smoothed", "assumed", "where `smoothing` asks for it"),
+    Choice("what AdamW decays", "recipes:build_optimiser", "assumed",
+           "timm's groups, without biases and normalisation; SGD decays everything, as in the paper"),
     Choice("λ of mixup", "finetune:mix", "assumed", "not stated; a batch is blended at once, as mixup's authors do"),
     Choice("precision of training", "evaluation:autocast", "assumed",
-           "not stated; it rounds, and changes nothing else; weights and optimiser are float32"),
+           "not stated; it rounds, and changes nothing else; weights and optimiser are float32; "
+           "what a machine without it computes in is kept with each result"),
     Choice("the model that is tested", "finetune:finetune", "assumed",
            "not stated; the best epoch could only be chosen on test images"),
     Choice("FC re-init", "backbones:reset_head", "assumed", "not stated how; as timm initialises a new model"),
@@ -261,10 +271,13 @@ def defaults() -> list[str]: # as in `look_up`
 
 # %% ../../nbs/study/10_choices.ipynb #803e09e7
 FROM_SETTINGS = { # pattern -> the setting, or settings, that the study gives instead
-    **{f"finetune:{spec}.{field}": keys for spec in ("FinetuneSpec", "BalancedSpec") for field, keys in {
+    **{f"{spec}.{field}": keys for spec in ("finetune:FinetuneSpec", "finetune:BalancedSpec", "recipes:RecipeSpec")
+       for field, keys in {
         "batch": "batch vit_batch", "momentum": "momentum", "weight_decay": "weight_decay vit_weight_decay",
         "mixup": "mixup"}.items()},
     "finetune:BalancedSpec.balance": "balance",
+    **{f"recipes:RecipeSpec.{k}": k for k in (
+        "optimiser", "layer_decay", "warmup", "ema", "smoothing", "balance")},
     **{f"transfer:{spec}.guidance": "guidance" for spec in ("TransferSpec", "MixedSpec")},
     **{f"transfer:{spec}.repeats": "repeats few_repeats" for spec in ("TransferSpec", "MixedSpec")},
     **{f"generation:SynthesisSpec.{k}": k
@@ -290,8 +303,10 @@ NO_RESULT = { # pattern -> why no result depends on it
     "alignment:AlignmentSpec.points": "points of a figure", "generation:SynthesisSpec.shard": "images in a file",
     "*Spec.version": "it counts changes of a method", "*_VERSION": "it counts changes of a method",
     **{f"*:{name}": "what can be chosen" for name in (
-        "BALANCES", "FORMATS", "TOKENS", "PRECISIONS", "AUTOCAST", "METRICS", "FIXED_PIPELINES", "VERDICTS")},
-    "generation:AT_ONCE": "what fits in memory",
+        "BALANCES", "OPTIMISERS", "RECIPE",
+        "FORMATS", "TOKENS", "PRECISIONS", "AUTOCAST", "METRICS", "FIXED_PIPELINES", "VERDICTS")},
+    "generation:AT_ONCE": "what fits in memory", "evaluation:EVALUATED": "what fits in memory",
+    "finetune:NO_SCALER": "it does nothing",
     "generation:BETWEEN": "a word of a spec",
     "study.engine:COUNT": "how tqdm writes", "study.engine:BAR": "how tqdm writes",
     "statistics:FALSE_VERDICTS": "what a simulation found",

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['BEYOND', 'SWEEPS', 'LEARNED', 'FROM_REAL', 'FILTERED_FROM', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES',
            'LISTED', 'MESSAGES', 'PAGES', 'Profile', 'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'SetKeys',
-           'Sets', 'subset', 'strength', 'recipe_of', 'Specs', 'Learned', 'SetSpecs', 'web_images', 'Drawn', 'Runs',
-           'Trainings', 'Cells', 'Tuned', 'Choices', 'RunSpecs', 'Tuning', 'is_resource', 'decides', 'Job', 'contents',
-           'patterns', 'set_jobs', 'set_manifests', 'sweep_jobs', 'beyond_jobs', 'other_jobs', 'Page', 'page_of',
-           'Results', 'Study', 'near', 'command', 'job_command', 'page_command', 'resources', 'state', 'job_state',
-           'page_state', 'gather']
+           'Sets', 'subset', 'strength', 'recipe_of', 'kinds_of', 'rates_of', 'Specs', 'Learned', 'SetSpecs',
+           'web_images', 'Drawn', 'Runs', 'Trainings', 'Cells', 'Tuned', 'Choices', 'RunSpecs', 'Tuning', 'is_resource',
+           'decides', 'Job', 'contents', 'patterns', 'set_jobs', 'set_manifests', 'sweep_jobs', 'beyond_jobs',
+           'other_jobs', 'Page', 'page_of', 'Results', 'Study', 'near', 'command', 'job_command', 'page_command',
+           'resources', 'state', 'job_state', 'page_state', 'gather']
 
-# %% ../../nbs/study/02_grid.ipynb #5af956c5
+# %% ../../nbs/study/02_grid.ipynb #b964d2a0
 import json
 import os
 import re
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from ..artefacts import PACKAGE, code_hash, digest, read_json, spec_hash, stable
 from ..backbones import is_vit
 from ..data.registry import dataset_info, load_dataset
 from ..datasets import Dataset, DatasetInfo, few_shot, hold_out, with_recipe
-from ..finetune import BalancedSpec, FinetuneSpec
+from ..finetune import FinetuneSpec
 from ..generation import BETWEEN, BETWEEN_STRENGTH, STRENGTHS, SynthesisSpec, synthesis_spec, with_lora
 from ..images import Images, as_images
 from ..lora import LoraSpec, lora_spec
@@ -34,6 +34,7 @@ from ..miniature.typeset import WEB, corpus
 from ..mixing import Mixing
 from ..models import find_model
 from ..prompts import STYLE_TEMPLATE
+from ..recipes import RECIPE, spec_kinds
 from ..style_inversion import InversionSpec, inversion_spec, token_words
 from .records import SYNTHESES, job_name, job_path, read_choice, read_jobs, write_job
 from .settings import Settings, load_settings, read_ini
@@ -304,7 +305,19 @@ def recipe_of(s: Settings, info: DatasetInfo) -> DatasetInfo: # the same object 
     "A dataset's metadata with the augmentation and the metric of the settings; a share out of range is a ValueError."
     flip = None if s.flip == "dataset" else s.flip == "yes"
     crop, metric = (None if v == "dataset" else v for v in (s.crop, s.metric))
-    return with_recipe(info, flip, crop, s.rotation, s.grey, metric)
+    return with_recipe(info, flip, crop, s.rotation, s.grey, metric, s.randaugment)
+
+# %% ../../nbs/study/02_grid.ipynb #ce98b6ed
+def kinds_of(s: Settings) -> tuple[Callable[..., FinetuneSpec], Callable[..., FinetuneSpec]]: # as from `spec_kinds`
+    "How the settings train: stage 1, and the stage that sees real images; a `ValueError` says what makes no sense."
+    kinds = spec_kinds(s.balance, **{k: s.values[k] for k in RECIPE})
+    for kind in kinds: kind(lr=1., epochs=min(s.epochs, s.few_epochs, *s.stage1_epochs))
+    return kinds
+
+# %% ../../nbs/study/02_grid.ipynb #5e4e6802
+def rates_of(s: Settings, key: str) -> tuple[float, ...]: # key: "lrs" or "stage1_lrs"
+    "The learning rates that are searched."
+    return s.adamw_lrs if s.optimiser == "adamw" else s.values[key]
 
 # %% ../../nbs/study/02_grid.ipynb #76e24a3e
 class Specs(Sets):
@@ -317,6 +330,7 @@ class Specs(Sets):
 
     def load(self, dataset: str) -> Dataset:
         "A dataset, at the profile's stored size, with the profile's recipe."
+        kinds_of(self.settings)
         data = load_dataset(dataset, self.settings.stored_size, self.data_dir)
         return replace(data, info=recipe_of(self.settings, data.info))
 
@@ -453,8 +467,9 @@ class Trainings(Runs):
         "What is searched for a pipeline, the learning rate first."
         s = self.settings
         p = pipeline(name)
-        axes = {"lr": Axis(s.lrs, widens=len(s.lrs) > 1)}
-        if p.bridged: axes |= {"stage1_lr": Axis(s.stage1_lrs, widens=len(s.stage1_lrs) > 1),
+        lrs, stage1_lrs = (rates_of(s, key) for key in ("lrs", "stage1_lrs"))
+        axes = {"lr": Axis(lrs, widens=len(lrs) > 1)}
+        if p.bridged: axes |= {"stage1_lr": Axis(stage1_lrs, widens=len(stage1_lrs) > 1),
                                "stage1_epochs": Axis(s.stage1_epochs)}
         if p.mixed: axes |= {"epochs": Axis(s.mixed_few_epochs if shots else s.mixed_epochs)}
         if p.mixed and not (p.mixing and p.mixing.real_share): # a share says how often real images are shown
@@ -534,7 +549,7 @@ class Tuned(Cells):
         if (name, shots) not in self.beyond_cells(dataset, arch): return self.tuned_path
         return job_path(self.runs_dir, "beyond_tune", dataset, arch)
 
-# %% ../../nbs/study/02_grid.ipynb #9d2dabbe
+# %% ../../nbs/study/02_grid.ipynb #e0f1abaa
 class Choices(Tuned):
     "The hyper-parameters that the search chose."
     def choice(self, dataset: str, arch: str, run: Run) -> dict[str, float]: # by axis
@@ -542,6 +557,9 @@ class Choices(Tuned):
         name = pipeline(run.pipeline).tuned_as or run.pipeline
         start = self.start(name, run.shots)
         if self.settings.lr != "tuned": return start
+        if self.settings.optimiser != "sgd":
+            raise ValueError(f"{self.tuned_path} has rates of SGD, and the optimiser is {self.settings.optimiser}: "
+                             "set `lr` to one number for all.")
         return read_choice(self.choice_path(dataset, arch, name, run.shots), dataset, arch, name, run.shots, start)
 
     def stages(self, data: Dataset, arch: str, run: Run, values: dict[str, float],
@@ -549,6 +567,7 @@ class Choices(Tuned):
         "Both trainings of a run, without mixup."
         s = self.settings
         batch, decay = (s.vit_batch, s.vit_weight_decay) if is_vit(arch) else (s.batch, s.weight_decay)
+        if s.optimiser == "adamw": decay = s.adamw_weight_decay
         how = dict(batch=batch, momentum=s.momentum, weight_decay=decay, augment=data.info.augment)
         bridge = self.start("bridged_pp", run.shots) | values
         if pipeline(run.pipeline).match_compute:
@@ -557,11 +576,11 @@ class Choices(Tuned):
         ratio = run.per_class * classes / (run.shots * classes or len(data.train))
         length = int(bridge["stage1_epochs"])
         epochs = self.epochs(run, values, length, ratio)
-        kind = FinetuneSpec if s.balance == "none" else partial(BalancedSpec, balance=s.balance)
-        if kind is not FinetuneSpec and pipeline(run.pipeline).mixing:
+        first, last = kinds_of(s)
+        if s.balance != "none" and pipeline(run.pipeline).mixing:
             raise ValueError(f"balance = {s.balance} does not go with {run.pipeline}, which weighs images itself: "
                              "set balance = none, or take other pipelines.")
-        return FinetuneSpec(bridge["stage1_lr"], length, **how), kind(values["lr"], epochs, **how)
+        return first(bridge["stage1_lr"], length, **how), last(values["lr"], epochs, **how)
 
 # %% ../../nbs/study/02_grid.ipynb #d1e42775
 class RunSpecs(Choices):

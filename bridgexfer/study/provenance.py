@@ -87,8 +87,8 @@ def matches(row: dict[str, object], # of a table
 def how_made(made: dict[str, object], # from `provenance`
             ) -> str:
     "When, where and how fast something was made."
-    forms = {"seconds": "{:g} s", "images_per_s": "{:g} images/s", "device": "on {}", "finished": "{}",
-             "commit": "commit {}"}
+    forms = {"seconds": "{:g} s", "images_per_s": "{:g} images/s", "device": "on {}", "precision": "in {}",
+             "finished": "{}", "commit": "commit {}"}
     parts = [form.format(made[k]) for k, form in forms.items() if made.get(k)]
     parts += [f"{k} {made[k]}" for k in ("python", "torch", "diffusers", "timm") if k in made]
     return ", ".join(parts) or "nothing is recorded of its making"

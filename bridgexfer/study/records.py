@@ -20,6 +20,7 @@ from time import time
 from typing import TYPE_CHECKING, Any
 import numpy as np
 from ..artefacts import address, as_dict, provenance, read_json, spec_hash, write_json
+from ..models import precision_on
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/study/01_records.ipynb #45924db0
@@ -89,13 +90,15 @@ def record_run(folder: str | Path, # the profile's runs
                make: Callable[[], dict[str, Any]], # returns the result
                device: str = "cpu", # that it runs on
                images: int = 0, # that it trains on, each epoch counted
+               precision: str | None = None, # that it multiplies in; None: as the networks are trained
               ) -> Path: # of the record
     "The record of a spec, found or made."
     path = record_path(folder, kind, spec)
     if path.exists(): return path
     started = time()
     result = make()
-    return write_record(folder, kind, spec, result, provenance(started, device, images, result.get("seconds")))
+    made = provenance(started, device, images, result.get("seconds"), precision or precision_on(device))
+    return write_record(folder, kind, spec, result, made)
 
 # %% ../../nbs/study/01_records.ipynb #c4552eae
 def job_name(dataset: str) -> str: # fit for a file name

@@ -40,14 +40,14 @@ def find_settings(start: str | Path = ".") -> Path: # path of a settings.ini
     found = (folder/"settings.ini" for folder in clones)
     return next((path for path in found if path.is_file()), SHIPPED_INI)
 
-# %% ../../nbs/study/00_settings.ipynb #0f054976
+# %% ../../nbs/study/00_settings.ipynb #0b952217
 SOURCES = ("paper", "assumed", "tuned")
 LISTS = ("datasets", "archs", "pipelines", "shots", "seeds", "lrs", "few_shots", "volumes", "volume_datasets",
          "guidances", "guidance_datasets", "style_datasets", "style_shots", "class_datasets", "class_shots",
          "mixed_images", "more_archs", "arch_pipelines", "arch_style_datasets", "fixed_datasets", "clip_datasets",
          "clip_shots", "few_seeds", "sweep_seeds", "tuning_seeds", "few_tuning_seeds", "stage1_lrs", "stage1_epochs",
          "mixed_epochs", "mixed_few_epochs", "repeats", "few_repeats", "clip_lrs",
-         "mix_weights", "real_shares", "keeps", "beyond_shots", "beyond_seeds", "beyond_datasets",
+         "mix_weights", "real_shares", "keeps", "adamw_lrs", "beyond_shots", "beyond_seeds", "beyond_datasets",
          "beyond_class_datasets", "named_styles")
 
 NAMES = ("profile", "runs", "figures", "data", "model", "revision", "scheduler", "precision", "format", "clip",
@@ -55,17 +55,18 @@ NAMES = ("profile", "runs", "figures", "data", "model", "revision", "scheduler",
          "named_styles", "datasets") # and `*_datasets`
 DECIMALS = ("guidance", "guidances", "momentum", "weight_decay", "vit_weight_decay", "mixup", "validation", "lr", "lrs",
             "stage1_lrs", "inversion_lr", "lora_lr", "clip_lrs", "mix_weights", "real_shares", "keeps", "crop",
-            "rotation", "grey",
+            "rotation", "grey", "adamw_lrs", "adamw_weight_decay", "layer_decay", "warmup", "ema", "smoothing",
             "memory", "hours") # and `*_memory`, `*_hours`
 FROM_ZERO = ("seeds", "few_seeds", "sweep_seeds", "beyond_seeds", "tuning_seeds", "few_tuning_seeds", "gpu",
              "momentum", "weight_decay", "vit_weight_decay", "mixup", "mix_weights", "keeps", "guidance", "guidances",
-             "rotation", "grey", "fill") # and `*_gpu`; all other numbers are more than zero
+             "rotation", "grey", "fill", "adamw_weight_decay", "warmup", "ema", "smoothing",
+             "randaugment") # and `*_gpu`; all other numbers are more than zero
 MAY_BE_EMPTY = ("few_seeds", "sweep_seeds", "beyond_seeds", "more_archs", "named_styles") # and `*_datasets`
 WORDS = {"lr": ("tuned",), "shots": ("full",), "style_shots": ("full",), "class_shots": ("full",),
          "beyond_shots": ("full",),
          "crop": ("dataset",)} # beside numbers
 CHOOSE = {"flip": ("dataset", "yes", "no"), "balance": ("none", "weights", "sampling"),
-          "metric": ("dataset", "top1", "mean_per_class"),
+          "metric": ("dataset", "top1", "mean_per_class"), "optimiser": ("sgd", "adamw"),
           "scheduler": ("DDPM", "DDIM", "PNDM", "DPM++", "DPM++ SDE", "Euler", "Euler a", "UniPC", "default"),
           "precision": ("float32", "bfloat16", "float16"), "format": ("png", "jpeg"),
           "offload": ("none", "model", "sequential")} # no numbers; written out, because the library imports torch
