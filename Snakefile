@@ -3,7 +3,7 @@
 # A job runs again when its inputs or its state change, never because of prose, and then finds its records.
 import os, sys, time
 from snakemake.exceptions import WorkflowError
-from bridgexfer.study.grid import Study, gather, job_command, job_state, near, page_command, page_state, patterns, resources
+from bridgexfer.study.grid import Study, gather_parts, job_command, job_state, near, page_command, page_state, patterns, resources
 from bridgexfer.study.costs import require_data, require_gpu, require_rates
 from bridgexfer.study.workflow import begin, failures, failures_text
 
@@ -48,11 +48,11 @@ rule jobs: # everything that `paper` reads, and no table
 rule learning_rates: # Table 5, which fine-tuning reads
     input: whole(study.pages_of("learning_rates"))
 
-rule gather: # the parts of a sweep
+rule gather: # the parts of a job
     input: lambda w: manifests(job.key for job in parts(w))
     output: f"{RUNS}/{{folder}}/{{name}}.json"
     wildcard_constraints: **patterns(job.manifest for job in JOBS.values() if job.part)
-    run: gather(study, *(parts(wildcards)[0].parameters[k] for k in ("sweep", "dataset", "arch")))
+    run: said(lambda: gather_parts(study, parts(wildcards)[0]))
 
 for kind in dict.fromkeys(job.rule for job in JOBS.values()):
     rule: # one for each notebook of nbs/jobs

@@ -204,7 +204,7 @@ def clock(study: Study, # of `own_study`, with its amounts
          ) -> Clock:
     "A clock for the runs of a comparison."
     def counted(run, values): return PassCounter(study).passes(run, target, arch, values)
-    return Clock(end, rates.find(Work("own", "transfer", arch)).per_second, counted)
+    return Clock(end, rates.find("transfer", arch).per_second, counted)
 
 # %% ../nbs/apps/03_budget.ipynb #4419c8a0
 PORTIONS = 8 # of a set

@@ -10,7 +10,7 @@ __all__ = ['COLUMNS', 'ROWS', 'ANOTHER', 'SAVE_EVERY', 'MEMORY', 'CAVEATS', 'CAR
            'make_shard', 'all_prompts', 'open_for', 'build_shard', 'make_shards', 'read_spec', 'bind', 'missing_shards',
            'damaged_shards', 'whole_shards', 'first_tables', 'decode_shard', 'decoded_path', 'mapped_shards', 'buffers',
            'first_files', 'first_images', 'soft_labelled', 'SyntheticSet', 'available', 'caveats', 'facts', 'card',
-           'generate', 'slug', 'export_folders']
+           'write_card', 'generate', 'slug', 'export_folders']
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #c588b2e1
 import hashlib, io, json, re, time, unicodedata
@@ -657,6 +657,13 @@ def card(spec: SynthesisSpec, # the set
 # %% ../nbs/library/08_synthetic_sets.ipynb #6dbabf53
 CARD = "README.md"
 
+def write_card(synthetic: SyntheticSet,
+               remark: str = "", # what a user of these classes should know
+              ) -> None:
+    "Write a set's card, which counts its images."
+    text = card(synthetic.spec, synthetic.per_class, remark)
+    with atomic(synthetic.folder/CARD) as part: text.save(part)
+
 def generate(spec: SynthesisSpec, # the set
              root: str | Path, # folder of sets; this one gets a folder in it, named by its hash
              per_class: int, # images of each class that there should be, rounded up to whole shards
@@ -665,16 +672,17 @@ def generate(spec: SynthesisSpec, # the set
              progress: bool = True, # show images/s and the time left
              init_images: Images | None = None, # the real images of the spec
              remark: str = "", # for the card: what a user of these classes should know
+             shards: Iterable[int] | None = None, # make no others: of a job that shares the set with others
             ) -> SyntheticSet:
     "Make the images of a set that are missing."
     check_whole("per_class", per_class)
     folder = Path(root)/spec_hash(spec)
     bind(folder, spec)
     todo = missing_shards(folder, spec, ceil(per_class / spec.shard))
+    if shards is not None: todo = sorted({*todo} & {*shards})
     new = make_shards(spec, folder, todo, progress, init_images, device=device, pipe=pipe) if todo else []
     synthetic = SyntheticSet(folder, new)
-    if todo or not (folder/CARD).exists():
-        with atomic(folder/CARD) as part: card(spec, synthetic.per_class, remark).save(part)
+    if todo or not (folder/CARD).exists(): write_card(synthetic, remark)
     return synthetic
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #70ffb9c2

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SWEEPS', 'LEARNED', 'FROM_REAL', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES', 'LISTED', 'MESSAGES', 'PAGES',
-           'Profile', 'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'Sets', 'subset', 'strength', 'recipe_of',
-           'Specs', 'Learned', 'SetSpecs', 'web_images', 'Runs', 'Trainings', 'Choices', 'RunSpecs', 'Tuning',
-           'is_resource', 'decides', 'Job', 'contents', 'patterns', 'set_jobs', 'set_manifests', 'sweep_jobs',
-           'other_jobs', 'Page', 'page_of', 'Results', 'Study', 'near', 'command', 'job_command', 'page_command',
-           'resources', 'state', 'job_state', 'page_state', 'gather']
+           'Profile', 'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'Sets', 'AllSets', 'subset', 'strength',
+           'recipe_of', 'Specs', 'Learned', 'SetSpecs', 'web_images', 'Runs', 'Trainings', 'Choices', 'RunSpecs',
+           'search_weight', 'Tuning', 'is_resource', 'decides', 'Job', 'in_parts', 'contents', 'patterns', 'shards_of',
+           'set_parts', 'set_jobs', 'set_manifests', 'sweep_jobs', 'searched_manifests', 'other_jobs', 'Page',
+           'page_of', 'Results', 'Study', 'near', 'command', 'job_command', 'page_command', 'resources', 'state',
+           'job_state', 'page_state', 'gather', 'gather_choices', 'gather_sets', 'gather_parts']
 
 # %% ../../nbs/study/02_grid.ipynb #5af956c5
 import json
@@ -21,9 +22,9 @@ from functools import cache, cached_property, partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
-from ..artefacts import PACKAGE, code_hash, digest, read_json, spec_hash, stable_hash
+from ..artefacts import PACKAGE, code_hash, digest, read_json, spec_hash, stable_hash, write_json
 from ..backbones import is_vit
-from ..data.registry import dataset_info, load_dataset
+from ..data.registry import dataset_info, load_dataset, train_size
 from ..datasets import Dataset, DatasetInfo, few_shot, hold_out, with_recipe
 from ..finetune import BalancedSpec, FinetuneSpec
 from ..generation import BETWEEN, BETWEEN_STRENGTH, STRENGTHS, SynthesisSpec, synthesis_spec, with_lora
@@ -32,11 +33,12 @@ from ..lora import LoraSpec, lora_spec
 from ..miniature.typeset import WEB, corpus
 from ..mixing import Mixing
 from ..models import find_model
+from ..rates import H100, TWO_CORES, hours_for
 from ..style_inversion import InversionSpec, inversion_spec, token_words
 from .records import job_name, job_path, read_choice, read_jobs, write_job
 from .settings import Settings, load_settings, read_ini
 from ..search import Axis
-from ..synthetic_sets import SyntheticSet
+from ..synthetic_sets import SyntheticSet, write_card
 from ..user_prompts import user_prompts
 from ..transfer import CONTROLS, PIPELINES, WAYS, Run, TransferSpec, pipeline, transfer_spec
 if TYPE_CHECKING: import pandas as pd
@@ -183,14 +185,16 @@ def _shared_by(run: Run) -> tuple[int | float | str | Run, ...]:
     return (run.seed, run.per_class, run.synthesis, run.guidance) if run.uses else (run,)
 
 # %% ../../nbs/study/02_grid.ipynb #e9096ca0
-def cut(runs: list[Run], # of a sweep
+def cut(runs: list, # of a sweep; or what else is shared out
         n: int, # into how many parts
-       ) -> list[list[Run]]: # n lists in the order of `runs`; the last are empty where there is less to share out
+        shared_by: Callable = _shared_by, # one of `runs` -> what those that stay together have in common
+        weight: Callable = len, # some of `runs` -> how much work they are
+       ) -> list[list]: # n lists in the order of `runs`; the last are empty where there is less to share out
     "The runs of a sweep in parts of about the same size, so that no bridge is made twice."
     pieces = {}
-    for r in runs: pieces.setdefault(_shared_by(r), []).append(r)
+    for r in runs: pieces.setdefault(shared_by(r), []).append(r)
     parts = [[] for _ in range(n)]
-    for piece in sorted(pieces.values(), key=len, reverse=True): min(parts, key=len).extend(piece)
+    for piece in sorted(pieces.values(), key=weight, reverse=True): min(parts, key=weight).extend(piece)
     return [sorted(part, key=runs.index) for part in parts]
 
 # %% ../../nbs/study/02_grid.ipynb #c380c93d
@@ -242,6 +246,21 @@ class Sets(Grid):
         found = {self.group(r, dataset) for r in self.runs(sweep, dataset)}
         return sorted(found - {None})
 
+# %% ../../nbs/study/02_grid.ipynb #06dcde81
+class AllSets(Sets):
+    "What the groups of a profile consist of."
+    def dataset_of(self, group: str, key: str) -> str: # key: a vocabulary or a dataset, as in `group`
+        "A dataset that has the class names of a group."
+        if group in FROM_REAL: return key
+        return next(d for d in self.datasets if dataset_info(d).vocabulary == key)
+
+    @cached_property
+    def searched_sets(self) -> dict[SetKey, int]: # set -> images of each class
+        "What the search for hyper-parameters trains on, for each vocabulary."
+        s = self.settings
+        seeds = dict.fromkeys(set_seed(s, seed) for seed in (*s.tuning_seeds, *s.few_tuning_seeds))
+        return {SetKey("single", s.guidance, 0, seed): s.images for seed in seeds} if s.lr == "tuned" else {}
+
     @cached_property
     def all_sets(self) -> dict[tuple[str, str], dict[SetKey, int]]: # group -> set -> images of each class
         "Every set of a profile, as large as the largest that any run takes from it."
@@ -251,6 +270,9 @@ class Sets(Grid):
                 if not (key := self.set_key(r)): continue
                 sets = found.setdefault(self.group(r, dataset), {})
                 sets[key] = max(sets.get(key, 0), r.per_class)
+        for vocabulary in {dataset_info(d).vocabulary: d for d in self.datasets} if self.settings.part_hours else ():
+            single = found.get(("single", vocabulary), {})
+            if sets := {k: n for k, n in self.searched_sets.items() if k not in single}: found["tuning", vocabulary] = sets
         return found
 
 # %% ../../nbs/study/02_grid.ipynb #b45c1d23
@@ -272,7 +294,7 @@ def recipe_of(s: Settings, info: DatasetInfo) -> DatasetInfo: # the same object 
     return with_recipe(info, flip, crop, s.rotation, s.grey, metric)
 
 # %% ../../nbs/study/02_grid.ipynb #76e24a3e
-class Specs(Sets):
+class Specs(AllSets):
     "The specs of a profile's runs and sets."
     @property
     def model(self) -> str: # "miniature", a folder or "id@revision"; a folder has no revision
@@ -477,6 +499,31 @@ class RunSpecs(Choices):
         how = dict(mixup=self.settings.mixup, mixing=mixing, repeats=repeats, split=split)
         return transfer_spec(run, data, arch, stages, synthetic, **how)
 
+# %% ../../nbs/study/02_grid.ipynb #d1232221
+def _searched_together(cell: tuple[str, int], # pipeline and shots
+                       axes: dict[str, Axis], # of its search
+                      ) -> tuple:
+    "What searches that must stay together have in common: a bridge, or what few shots inherit from each other."
+    name, shots = cell
+    p = pipeline(name)
+    if p.bridged: return p.mixup, p.shuffled
+    return (name, bool(shots)) if len(axes) > 1 else cell
+
+# %% ../../nbs/study/02_grid.ipynb #b2795677
+def search_weight(study: RunSpecs,
+                  cells: list[tuple[str, int]], # pipelines and shots
+                  classes: int, # of the dataset
+                  train: int, # its training images
+                 ) -> int: # images
+    "What one trial of each of some searches passes over, and their bridges once, by which searches are shared out."
+    s = study.settings
+    def last(name, shots): # the stage that sees real images
+        epochs = study.start(name, shots).get("epochs", s.few_epochs if shots else s.epochs)
+        return int(epochs * ((shots * classes or train) + s.images * classes * pipeline(name).mixed))
+    bridges = {_searched_together(cell, {}): study.start(*cell) for cell in cells if pipeline(cell[0]).bridged}
+    first = sum(start["stage1_epochs"] * s.images * classes for start in bridges.values())
+    return int(first) + sum(last(*cell) for cell in cells)
+
 # %% ../../nbs/study/02_grid.ipynb #4d1a25b3
 class Tuning(RunSpecs):
     "The search for hyper-parameters."
@@ -497,6 +544,17 @@ class Tuning(RunSpecs):
         whole = arch in self.archs and shots in map(count, self.settings.shots)
         return {k: a for k, a in axes.items() if k == "lr" or whole and len(a.values) > 1}
 
+    def search_parts(self, dataset: str, arch: str,
+                     n: int | None = None, # jobs; None: as many as a sweep has
+                    ) -> dict[str, list[tuple[str, int]]]: # such as "1of3" -> pipelines and shots; one job is ""
+        "The searches of a dataset with a backbone, in jobs of about the same length."
+        cells, n = self.tuned_cells(dataset, arch), n or self.settings.jobs_per_sweep
+        if n == 1: return {"": cells}
+        size = len(dataset_info(dataset).names), train_size(dataset)
+        def together(cell): return _searched_together(cell, self.searched(*cell, arch))
+        parts = cut(cells, n, together, lambda some: search_weight(self, some, *size))
+        return {f"{i}of{n}": part for i, part in enumerate(parts, 1) if part}
+
     def held_out(self, data: Dataset, seed: int) -> Dataset: # its test images are validation images
         "The training images in two parts, one to fit and one to validate."
         return Dataset(data.info, *hold_out(data.train, self.settings.validation, seed))
@@ -511,7 +569,7 @@ class Tuning(RunSpecs):
 
 # %% ../../nbs/study/02_grid.ipynb #a72f6873
 PATHS = ("profile", "runs", "figures", "data")
-RESOURCES = ("gpu", "cores", "memory", "hours", "jobs_per_sweep", "offload") # and `generate_hours` and the like
+RESOURCES = ("gpu", "cores", "memory", "hours", "jobs_per_sweep", "offload") # and `generate_hours`, `part_hours`
 LISTED = ("datasets", "archs", "more_archs", "pipelines", "arch_pipelines", "seeds", "few_seeds", "sweep_seeds",
           "shots", "few_shots", "style_shots", "class_shots", "clip_shots", "images", "sweep_images", "more_images",
           "mixed_images", "volumes", "guidances")
@@ -545,6 +603,13 @@ class Job:
     def title(self) -> str: # of its log and its executed notebook
         return self.key.replace("/", "-", 1)
 
+# %% ../../nbs/study/02_grid.ipynb #1b1a53bf
+def in_parts(whole: Job,
+             parts: Iterable[str], # such as "1of3"; "": the job itself
+            ) -> list[Job]:
+    "A job, or the parts that it is cut into."
+    return [replace(whole, part=part, parameters=whole.parameters | dict(part=part)) if part else whole for part in parts]
+
 def contents(dataset: str, # a name of the registry, or a folder of the user's
             ) -> int: # 0 for the registry's
     "A number that changes when a file of a folder does."
@@ -561,6 +626,24 @@ def patterns(keys: Iterable[str], # of jobs or manifests: folder/name
     return dict(folder=any_of(folder for folder, _ in pairs), name=any_of(name for _, name in pairs))
 
 # %% ../../nbs/study/02_grid.ipynb #0baeec76
+def shards_of(study: Tuning, group: str, key: str) -> list[tuple[SetKey, int]]: # a set, the number of a shard
+    "What the job of a group of sets makes, or its parts: the shards that no job before it has made."
+    before = study.all_sets.get(("single", key), {}) if group == "volume" else {}
+    size = SynthesisSpec.shard # images of each class
+    def numbers(w, n): return range(ceil(before.get(w, 0) / size), ceil(n / size))
+    return [(w, k) for w, n in study.all_sets[group, key].items() for k in numbers(w, n)]
+
+def set_parts(study: Tuning, group: str, key: str) -> list[str]: # such as "1of9"; [""]: one job makes all
+    "The jobs that a group of sets is cut into, at the rate of the device that the profile is for."
+    s = study.settings
+    shards = shards_of(study, group, key)
+    classes = len(dataset_info(study.dataset_of(group, key)).names)
+    images = len(shards) * SynthesisSpec.shard * classes
+    took = hours_for(TWO_CORES if study.offline else H100, "generate", s.model, images)
+    n = min(len(shards), ceil(took / s.part_hours)) if s.part_hours else 1
+    return [f"{i}of{n}" for i in range(1, n + 1)] if n > 1 else [""]
+
+# %% ../../nbs/study/02_grid.ipynb #c67b77c7
 def set_jobs(study: Tuning) -> list[Job]:
     "Learned tokens, and the images of each group of sets."
     jobs = []
@@ -573,8 +656,9 @@ def set_jobs(study: Tuning) -> list[Job]:
             jobs.append(Job("invert", "invert", name, f"Learning the {group} of {key}", parameters, (), about))
             inputs = (f"invert/{name}",)
         if group == "volume" and ("single", key) in study.all_sets: inputs = (f"generate/single-{job_name(key)}",)
-        message = f"Generating images: {group}, for {key}"
-        jobs.append(Job("generate", "generate", name, message, dict(group=group, key=key), inputs, about))
+        whole = Job("generate", "generate", name, f"Generating images: {group}, for {key}", dict(group=group, key=key),
+                    inputs, about)
+        jobs += in_parts(whole, set_parts(study, group, key))
     return jobs
 
 def set_manifests(study: Tuning, sweep: str, dataset: str) -> tuple[str, ...]:
@@ -598,8 +682,15 @@ def sweep_jobs(study: Tuning, sweep: str, dataset: str, arch: str) -> list[Job]:
     if rule == "clip": del parameters["arch"]
     whole = Job(rule, sweep, name, message, parameters, inputs, (repr(runs), contents(dataset)))
     if rule != "transfer" or study.settings.jobs_per_sweep == 1: return [whole]
-    parts = study.parts(runs)
-    return [replace(whole, part=part, parameters=parameters | dict(part=part)) for part in parts]
+    return in_parts(whole, study.parts(runs))
+
+# %% ../../nbs/study/02_grid.ipynb #d7fabd79
+def searched_manifests(study: Tuning, dataset: str) -> tuple[str, ...]:
+    "What jobs leave that generate the images of a search, where it does not make them itself."
+    if not study.settings.part_hours: return ()
+    vocabulary = dataset_info(dataset).vocabulary
+    found = [g for g in ("single", "tuning") if {*study.searched_sets} & {*study.all_sets.get((g, vocabulary), ())}]
+    return tuple(f"generate/{group}-{job_name(vocabulary)}" for group in found)
 
 # %% ../../nbs/study/02_grid.ipynb #1d29cc36
 def other_jobs(study: Tuning) -> list[Job]:
@@ -619,7 +710,9 @@ def other_jobs(study: Tuning) -> list[Job]:
     for arch, d in [(arch, d) for arch in study.all_archs for d in study.datasets]:
         about = (study.tuned_cells(d, arch), s.images, s.seeds[0], contents(d))
         message = f"Choosing hyper-parameters for {arch} on {d}"
-        jobs.append(Job("tune", "tune", job_path("", "", d, arch).stem, message, dict(dataset=d, arch=arch), (), about))
+        name = job_path("", "", d, arch).stem
+        whole = Job("tune", "tune", name, message, dict(dataset=d, arch=arch), searched_manifests(study, d), about)
+        jobs += in_parts(whole, study.search_parts(d, arch))
     return jobs
 
 # %% ../../nbs/study/02_grid.ipynb #48498b5e
@@ -812,3 +905,31 @@ def gather(study: Study, sweep: str, dataset: str, arch: str) -> Path: # of the 
         have = [run for run in some if not any(asdict(run).items() <= gap.items() for gap in manifest["gaps"])]
         found |= dict(zip(have, manifest["records"], strict=True))
     return write_job(path, [study.runs_dir/found[run] for run in runs if run in found], gaps)
+
+# %% ../../nbs/study/02_grid.ipynb #59310f93
+def gather_choices(study: Study, job: Job, manifests: list[dict]) -> Path: # of the manifest
+    "Join what the parts of a search chose, in the order of one job."
+    order = study.tuned_cells(job.parameters["dataset"], job.parameters["arch"])
+    choices = [choice for m in manifests for choice in m["choices"]]
+    choices.sort(key=lambda c: order.index((c["pipeline"], c["shots"])))
+    records = dict.fromkeys(study.runs_dir/record for m in manifests for record in m["records"])
+    return write_job(study.runs_dir/f"{job.manifest}.json", records, choices=choices)
+
+def gather_sets(study: Study, job: Job, manifests: list[dict]) -> Path: # of the manifest
+    "Join the parts of a group of sets; one that is not whole is a ValueError."
+    entries = {entry["hash"]: entry for m in manifests for entry in m["sets"]}
+    for entry in entries.values():
+        made = SyntheticSet(study.runs_dir/entry["folder"])
+        if made.per_class < entry["per_class"]:
+            raise ValueError(f"{made.folder} has {made.per_class} images of each class and not {entry['per_class']}: a "
+                             f"part of {job.manifest} has lost its shards; delete {job.manifest}.*.json and go on.")
+        write_card(made, dataset_info(study.dataset_of(job.parameters["group"], job.parameters["key"])).remark)
+    return write_json(study.runs_dir/f"{job.manifest}.json", {"sets": [*entries.values()]})
+
+# %% ../../nbs/study/02_grid.ipynb #060dcfac
+def gather_parts(study: Study, job: Job) -> Path: # job: one of the parts; of the manifest that they share
+    "Join the manifests of a job's parts."
+    if job.rule == "transfer": return gather(study, *(job.parameters[k] for k in ("sweep", "dataset", "arch")))
+    parts = [j for j in study.jobs() if j.part and j.manifest == job.manifest]
+    manifests = [read_json(study.runs_dir/f"{part.key}.json") for part in parts]
+    return {"tune": gather_choices, "generate": gather_sets}[job.rule](study, job, manifests)

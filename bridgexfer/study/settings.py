@@ -58,7 +58,7 @@ DECIMALS = ("guidance", "guidances", "momentum", "weight_decay", "vit_weight_dec
             "memory", "hours") # and `*_memory`, `*_hours`
 FROM_ZERO = ("seeds", "few_seeds", "sweep_seeds", "tuning_seeds", "few_tuning_seeds", "gpu", "momentum", "weight_decay",
              "vit_weight_decay", "mixup", "mix_weights", "keeps", "guidance", "guidances",
-             "rotation", "grey", "fill") # and `*_gpu`; all other numbers are more than zero
+             "rotation", "grey", "fill", "part_hours") # and `*_gpu`; all other numbers are more than zero
 MAY_BE_EMPTY = ("few_seeds", "sweep_seeds", "more_archs") # and `*_datasets`
 WORDS = {"lr": ("tuned",), "shots": ("full",), "style_shots": ("full",), "class_shots": ("full",),
          "crop": ("dataset",)} # beside numbers
