@@ -9,13 +9,14 @@ __all__ = ['COLUMNS', 'ROWS', 'ANOTHER', 'SAVE_EVERY', 'MEMORY', 'CAVEATS', 'CAR
            'begun_schema', 'save_begun', 'read_begun', 'embedded', 'check_lora', 'drawn_by', 'sample_rows',
            'make_shard', 'all_prompts', 'open_for', 'build_shard', 'make_shards', 'read_spec', 'bind', 'missing_shards',
            'damaged_shards', 'whole_shards', 'first_tables', 'decode_shard', 'decoded_path', 'mapped_shards', 'buffers',
-           'first_files', 'first_images', 'soft_labelled', 'SyntheticSet', 'available', 'caveats', 'facts', 'card',
-           'write_card', 'generate', 'slug', 'export_folders']
+           'find_places', 'files_in_place', 'first_files', 'first_images', 'soft_labelled', 'SyntheticSet', 'available',
+           'caveats', 'facts', 'card', 'write_card', 'generate', 'slug', 'export_folders']
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #c588b2e1
-import hashlib, io, json, re, time, unicodedata
+import hashlib, io, json, mmap, re, time, unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from math import ceil, prod
@@ -32,7 +33,7 @@ from .artefacts import atomic, provenance, read_json, spec_hash, stable_hash, wr
 from .generation import BETWEEN, SOFTNESS, SYNTHESIS_VERSION, Row, SynthesisSpec
 from .generation import check_family, check_lengths, check_model, check_whole, embed, negative_of
 from .generation import plan, sample, sentences_of, split_weights, takes_loop
-from .images import SMALL, Images, Parts, SoftImages, decode_into, file_array, mapped, mapped_files, store
+from .images import SMALL, Images, Parts, SoftImages, decode_into, file_array, in_order, mapped, store
 from .models import adapted, find_family, find_weights, licence_of, load_pipeline, load_token, lora_files
 from .models import lora_name, runs_on
 if TYPE_CHECKING: import diffusers, huggingface_hub, torch
@@ -103,6 +104,16 @@ def write_shard(path: Path, # of the file
     with atomic(path) as part: pq.write_table(table, part, **layout)
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #d8ae0cf2
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    "An open shard whose pages are compared with their checksums; one that is damaged is a ValueError."
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file: yield file
+    except OSError as e:
+        reason = (str(e).splitlines() or ["no reason given"])[0]
+        raise ValueError(f"{path} is damaged ({reason}): "
+                         f"`bridgexfer verify {path.parent} --repair` makes it again.") from None
+
 def _read(path: Path) -> pa.Table:
     "A Parquet file, whose columns may have more than 2 GiB."
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -111,11 +122,7 @@ def _read(path: Path) -> pa.Table:
 
 def read_shard(path: Path) -> pa.Table:
     "Read a shard and compare its pages with their checksums, so that a flipped bit becomes no other picture."
-    try: return _read(path)
-    except OSError as e:
-        reason = (str(e).splitlines() or ["no reason given"])[0]
-        raise ValueError(f"{path} is damaged ({reason}): "
-                         f"`bridgexfer verify {path.parent} --repair` makes it again.") from None
+    with _opened(path): return _read(path)
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #78a2e946
 def image_files(table: pa.Table) -> Iterator[bytes]:
@@ -471,12 +478,12 @@ def decode_shard(path: Path, # a shard
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #05930957
 def decoded_path(shard: Path,
-                 suffix: str = ".npy", # of pixels; ".arrow": of image files
+                 suffix: str = ".npy", # of pixels; ".places": where image files begin
                 ) -> Path:
-    "The file for a shard's images; files for earlier contents of the shard are removed."
+    "What is kept of a shard's images; what was kept of its earlier contents, or by earlier versions, is removed."
     identity = shard.stat()
     path = shard.parent/"decoded"/f"{shard.stem}-{identity.st_size:x}-{identity.st_mtime_ns:x}{suffix}"
-    for old in set(path.parent.glob(f"{shard.stem}-*{suffix}")) - {path}: old.unlink(missing_ok=True)
+    for old in set(path.parent.glob(f"{shard.stem}-*")) - {path}: old.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #00e23c36
@@ -499,6 +506,52 @@ def buffers(table: pa.Table) -> Iterator[pa.Buffer]:
     "The image files of a table, in order, without a copy."
     for chunk in table["image"].chunks: yield from (b.as_buffer() for b in chunk.field("bytes"))
 
+# %% ../nbs/library/08_synthetic_sets.ipynb #57e26e6c
+def _begin(data: mmap.mmap, # a shard
+           file: memoryview, # an image file in it
+           column: range, # of the bytes of the images in its row group
+           at: int, # where the file before it ends
+          ) -> int: # -1: nowhere
+    "Where an image file begins: Parquet writes its length before it."
+    head = len(file).to_bytes(4, "little") + file[:16]
+    for low in (at, column.start): # equal files may be written once
+        found = data.find(head, low, column.stop)
+        while found >= 0 and data[found + 4:found + 4 + len(file)] != file:
+            found = data.find(head, found + 1, column.stop)
+        if found >= 0: return found + 4
+    return -1
+
+# %% ../nbs/library/08_synthetic_sets.ipynb #4f65e3e9
+def find_places(path: Path, # a shard
+               ) -> np.ndarray: # (rows, 2) int64: where each image file begins, and its length
+    "Where the image files of a shard are; it is read once, and compared with its checksums."
+    places = []
+    with open(path, "rb") as f, _opened(path) as file, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for k in range(file.num_row_groups):
+            group = file.metadata.row_group(k)
+            columns = [group.column(c) for c in range(group.num_columns)]
+            [c] = [c for c in columns if c.path_in_schema == "image.bytes"]
+            at = c.dictionary_page_offset or c.data_page_offset
+            column = range(at, at + c.total_compressed_size)
+            for image in (memoryview(b).cast("B") for b in buffers(file.read_row_group(k, ["image"]))):
+                begin = _begin(data, image, column, at)
+                if begin < 0: raise ValueError(f"{path} was written again by another program, compressed: copy the set "
+                                               "again, or delete this file and generate it again.")
+                places.append((begin, len(image)))
+                at = begin + len(image)
+    return np.array(places, np.int64).reshape(-1, 2)
+
+# %% ../nbs/library/08_synthetic_sets.ipynb #7b809719
+def files_in_place(path: Path, # a shard
+                  ) -> np.ndarray: # (rows,) image files
+    "The image files of a shard, mapped into memory."
+    kept = decoded_path(path, ".places")
+    if not kept.exists():
+        places = find_places(path)
+        with atomic(kept) as part, open(part, "wb") as f: np.save(f, places)
+    data = pa.memory_map(str(path)).read_buffer()
+    return file_array(data.slice(begin, length) for begin, length in np.load(kept).tolist())
+
 # %% ../nbs/library/08_synthetic_sets.ipynb #666eb483
 def first_files(paths: list[Path], # of shards
                 rows: int, # images that are wanted
@@ -507,8 +560,7 @@ def first_files(paths: list[Path], # of shards
     "The images of some shards as files."
     if sum(path.stat().st_size for path in paths) <= memory:
         return file_array(file for path in paths for file in buffers(read_shard(path)))[:rows]
-    def kept(path): return mapped_files(decoded_path(path, ".arrow"), lambda: image_files(read_shard(path)))
-    parts = Parts(*map(kept, paths))
+    parts = Parts(*in_order(files_in_place, paths))
     return parts if len(parts) == rows else parts[:rows]
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #9a4838ea

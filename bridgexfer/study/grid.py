@@ -270,7 +270,13 @@ class AllSets(Sets):
                 if not (key := self.set_key(r)): continue
                 sets = found.setdefault(self.group(r, dataset), {})
                 sets[key] = max(sets.get(key, 0), r.per_class)
-        for vocabulary in {dataset_info(d).vocabulary: d for d in self.datasets} if self.settings.part_hours else ():
+        return found
+
+    @cached_property
+    def every_set(self) -> dict[tuple[str, str], dict[SetKey, int]]: # as `all_sets`
+        "The same, and the sets that only the search trains on."
+        found = dict(self.all_sets)
+        for vocabulary in {dataset_info(d).vocabulary: d for d in self.datasets}:
             single = found.get(("single", vocabulary), {})
             if sets := {k: n for k, n in self.searched_sets.items() if k not in single}: found["tuning", vocabulary] = sets
         return found
@@ -501,13 +507,14 @@ class RunSpecs(Choices):
 
 # %% ../../nbs/study/02_grid.ipynb #d1232221
 def _searched_together(cell: tuple[str, int], # pipeline and shots
-                       axes: dict[str, Axis], # of its search
+                       axes: dict[str, Axis], # of its pipeline
                       ) -> tuple:
     "What searches that must stay together have in common: a bridge, or what few shots inherit from each other."
     name, shots = cell
     p = pipeline(name)
     if p.bridged: return p.mixup, p.shuffled
-    return (name, bool(shots)) if len(axes) > 1 else cell
+    inherits = any(len(a.values) > 1 for axis, a in axes.items() if axis != "lr")
+    return (name, bool(shots)) if inherits else cell
 
 # %% ../../nbs/study/02_grid.ipynb #b2795677
 def search_weight(study: RunSpecs,
@@ -551,7 +558,7 @@ class Tuning(RunSpecs):
         cells, n = self.tuned_cells(dataset, arch), n or self.settings.jobs_per_sweep
         if n == 1: return {"": cells}
         size = len(dataset_info(dataset).names), train_size(dataset)
-        def together(cell): return _searched_together(cell, self.searched(*cell, arch))
+        def together(cell): return _searched_together(cell, self.axes(*cell))
         parts = cut(cells, n, together, lambda some: search_weight(self, some, *size))
         return {f"{i}of{n}": part for i, part in enumerate(parts, 1) if part}
 
@@ -631,7 +638,7 @@ def shards_of(study: Tuning, group: str, key: str) -> list[tuple[SetKey, int]]: 
     before = study.all_sets.get(("single", key), {}) if group == "volume" else {}
     size = SynthesisSpec.shard # images of each class
     def numbers(w, n): return range(ceil(before.get(w, 0) / size), ceil(n / size))
-    return [(w, k) for w, n in study.all_sets[group, key].items() for k in numbers(w, n)]
+    return [(w, k) for w, n in study.every_set[group, key].items() for k in numbers(w, n)]
 
 def set_parts(study: Tuning, group: str, key: str) -> list[str]: # such as "1of9"; [""]: one job makes all
     "The jobs that a group of sets is cut into, at the rate of the device that the profile is for."
@@ -647,7 +654,8 @@ def set_parts(study: Tuning, group: str, key: str) -> list[str]: # such as "1of9
 def set_jobs(study: Tuning) -> list[Job]:
     "Learned tokens, and the images of each group of sets."
     jobs = []
-    for (group, key), sets in study.all_sets.items():
+    groups = study.every_set if study.settings.part_hours else study.all_sets
+    for (group, key), sets in groups.items():
         name = f"{group}-{job_name(key)}"
         about = (repr(sets), contents(key))
         inputs = ()
@@ -689,7 +697,7 @@ def searched_manifests(study: Tuning, dataset: str) -> tuple[str, ...]:
     "What jobs leave that generate the images of a search, where it does not make them itself."
     if not study.settings.part_hours: return ()
     vocabulary = dataset_info(dataset).vocabulary
-    found = [g for g in ("single", "tuning") if {*study.searched_sets} & {*study.all_sets.get((g, vocabulary), ())}]
+    found = [g for g in ("single", "tuning") if {*study.searched_sets} & {*study.every_set.get((g, vocabulary), ())}]
     return tuple(f"generate/{group}-{job_name(vocabulary)}" for group in found)
 
 # %% ../../nbs/study/02_grid.ipynb #1d29cc36
