@@ -63,7 +63,7 @@ for kind in dict.fromkeys(job.rule for job in JOBS.values()):
         wildcard_constraints: **patterns(job.key for job in JOBS.values() if job.rule == kind)
         log: f"{RUNS}/logs/{{folder}}-{{name}}.txt"
         params: message=lambda w: of(w).message, command=lambda w: job_command(study, of(w)), state=lambda w: said(lambda: job_state(study, of(w)))
-        threads: study.settings.cores
+        threads: lambda w: resources(study, of(w).rule, of(w).folder)["cores"]
         priority: 2 if kind in ("invert", "generate") else 1
         resources: **{k: lambda w, k=k: resources(study, of(w).rule, of(w).folder)[k] for k in ("gpu", "mem_mb", "runtime")}
         shell: LOGGED
@@ -76,5 +76,5 @@ for page in study.pages():
         output: *map(update, leaves([page])) # they stay while they are made anew, and are put back if that fails
         log: f"{RUNS}/logs/{page.name}.txt"
         params: page=page.name, command=page_command(study, page), state=page_state(study, page)
-        resources: **resources(study, "table")
+        resources: **{k: resources(study, "table")[k] for k in ("gpu", "mem_mb", "runtime")}
         shell: LOGGED

@@ -6,7 +6,7 @@
 __all__ = ['METRICS', 'autocast', 'logits', 'predict', 'features', 'accuracy', 'outcome', 'evaluate']
 
 # %% ../nbs/library/13_evaluation.ipynb #1b0c62d6
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 import numpy as np
 import torch
@@ -20,6 +20,16 @@ def autocast(device: str): # a context
     "bfloat16 where matrices are multiplied."
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
+# %% ../nbs/library/13_evaluation.ipynb #93a34c39
+def _one_behind(parts: Iterable[torch.Tensor], # on a device
+               ) -> Iterator[torch.Tensor]: # the same, on the host
+    "Results, each fetched when the work of the next has been handed to the device."
+    before = None
+    for part in parts:
+        if before is not None: yield before.cpu()
+        before = part
+    if before is not None: yield before.cpu()
+
 # %% ../nbs/library/13_evaluation.ipynb #fb9d6829
 def _outputs(model: nn.Module, # any timm model
              compute: Callable, # what is wanted of it, a batch to (n, ·)
@@ -31,7 +41,7 @@ def _outputs(model: nn.Module, # any timm model
     model.to(device, memory_format=torch.channels_last).eval()
     batches = eval_batches(images, batch, input_config(model), device)
     with torch.inference_mode(), autocast(device):
-        return torch.cat([compute(x).float().cpu() for x in batches])
+        return torch.cat([*_one_behind(compute(x).float() for x in batches)])
 
 # %% ../nbs/library/13_evaluation.ipynb #df8dd6e5
 def logits(model: nn.Module, # a classifier

@@ -214,10 +214,10 @@ def load_pipeline(model: str, # "miniature", a folder, "id" or "id@revision"
     try: pipe = _open(folder, PRECISIONS[precision])
     except OSError as e: raise unopened(folder, location, "pipeline", e) from None
     pipe.set_progress_bar_config(disable=True)
+    if torch.device(device).type == "cuda": # before networks are offloaded, when they are all there
+        for network in filter(None, (getattr(pipe, name, None) for name in ("unet", "vae"))):
+            network.to(memory_format=torch.channels_last)
     place(pipe, device, offload)
-    networks = [getattr(pipe, name, None) for name in ("unet", "vae")]
-    for network in filter(None, networks):
-        if torch.device(device).type == "cuda": network.to(memory_format=torch.channels_last)
     return pipe
 
 # %% ../nbs/library/06_models.ipynb #a54ddb04

@@ -860,11 +860,12 @@ def page_command(study: Study, page: Page) -> str:
     return command(study, f"nbs/paper/{page.name}.ipynb", page.name, {}, apart | study.overrides)
 
 # %% ../../nbs/study/02_grid.ipynb #119f4821
-def resources(study: Study, rule: str, sweep: str = "") -> dict[str, int]: # GPUs, MB, minutes
+def resources(study: Study, rule: str, sweep: str = "") -> dict[str, int]: # GPUs, cores, MB, minutes
     "Resources requested per job: `volume_hours` overrides `transfer_hours`, and that overrides `hours`."
     values = study.settings.values
     def setting(what): return next(values[k] for k in (f"{sweep}_{what}", f"{rule}_{what}", what) if k in values)
-    return dict(gpu=int(setting("gpu")), mem_mb=int(1000 * setting("memory")), runtime=int(60 * setting("hours")))
+    plain = {what: int(setting(what)) for what in ("gpu", "cores")}
+    return plain | dict(mem_mb=int(1000 * setting("memory")), runtime=int(60 * setting("hours")))
 
 # %% ../../nbs/study/02_grid.ipynb #0d7b9682
 @cache
