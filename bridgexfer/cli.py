@@ -474,11 +474,12 @@ def _study(words: list[str] | None):
 @app.command()
 def plan(settings: KeyValues = None, as_json: AsJson = False) -> int:
     "What a profile costs before it runs: jobs, images, hours, disk."
-    from bridgexfer.study.costs import H100, TWO_CORES, costs, show_plan, targets_of, work_of
+    from bridgexfer.study.costs import costs, more_lines, rates_of, show_plan, targets_of, work_of
     study = _study(settings)
-    rates = TWO_CORES if study.offline else H100
+    rates = rates_of(study)
     found = costs(work_of(study, targets_of(study)), rates)
-    return _answer(0, _rows(found), show_plan(found, rates), as_json)
+    text = "\n".join([show_plan(found, rates), *more_lines(study, rates)])
+    return _answer(0, _rows(found), text, as_json)
 
 # %% ../nbs/apps/04_cli.ipynb #b7593e62
 @app.command()

@@ -1,4 +1,6 @@
 """What runs on a GPU, as far as a CPU can tell: compiling, what is on its way, what leaves the device when."""
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +15,9 @@ from bridgexfer.evaluation import _one_behind
 from bridgexfer.generation import (compile_denoiser, denoiser, predict_noise, plan, sample, sample_later, synthesis_spec,
                                    to_host, try_compiled, uncompile)
 from bridgexfer.models import load_pipeline
+from bridgexfer.rates import H100, SD15, measured
+from bridgexfer.study.costs import plan_text
+from bridgexfer.study.grid import Study
 from bridgexfer.synthetic_sets import COMPILE_FROM, image_files, make_shard, make_shards, pays_to_compile
 import families
 
@@ -154,3 +159,48 @@ def test_results_are_fetched_one_behind():
 def test_a_record_names_the_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
     assert device_name("cpu") == "cpu" and device_name(torch.device("cuda", 1)) == "cuda:1 (A Card)"
+
+
+# ---- measuring a card
+
+HIDDEN = ("papermill", "IPython", "datasets", "nbformat", "nbclient", "snakemake", "typer", "sklearn", "matplotlib",
+          "seaborn", "peft", "accelerate", "nbdev", "onnx") # which a GPU machine may lack
+MEASURE = f"""
+import sys
+class Without: # what a finder finds, but for some packages
+    def __init__(self, finder): self.finder = finder
+    def __getattr__(self, name): return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in {HIDDEN} else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = map(Without, sys.meta_path)
+from bridgexfer.study.device import main
+main("cpu", sys.argv[1], "small")
+"""
+
+
+def test_a_card_is_measured_without_what_runs_notebooks(tmp_path):
+    done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4 and "of the matrix rate" in done.stdout
+    found = measured(tmp_path/"device.csv", H100)
+    for job, of in (("generate", "miniature"), ("invert", "miniature"), ("transfer", "mini_resnet10")):
+        rate = found.find(job, of)
+        assert rate.per_second > 0 and rate.source.startswith("measured: ") and "matrix rate" in rate.source
+    left = found.find("transfer", "vit_large")
+    assert left.per_second == H100.find("transfer", "vit_large").per_second
+    assert left.source.startswith("assumed") and left.source.endswith("of an H100") and "no GPU" in found.device
+
+
+def test_the_plan_takes_measured_rates_and_marks_the_others(tmp_path, monkeypatch):
+    study = Study("paper", datasets="pets")
+    (tmp_path/"figures").mkdir()
+    table = f"device,job,of,per_second,share\nA card,generate,{SD15},9.4,0.45\nA card,transfer,resnet18,20000,0.3\n"
+    (tmp_path/"figures"/"device.csv").write_text(table, encoding="utf-8")
+    before = len([job for job in study.jobs() if job.rule == "generate"])
+    fast = Study("paper", datasets="pets")
+    fast.root = tmp_path
+    text = plan_text(fast)
+    assert "A card-hours" in text and "9.4 /s, measured: 45% of the card's matrix rate" in text
+    assert "5,600 /s, measured: 16 cores read so many" in text # what a card is fed with
+    assert "650 /s, assumed: 370 GFLOP an image at 240 TFLOP/s, of an H100" in text
+    assert before > len([job for job in fast.jobs() if job.rule == "generate"]) # twice as fast: half as many parts

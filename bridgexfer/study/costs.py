@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Trial', 'FORM', 'Target', 'targets_of', 'Work', 'Counter', 'PassCounter', 'tuning', 'Wanted', 'wanted_runs',
-           'work_of', 'costs', 'plan_line', 'show_plan', 'plan_text', 'job_hours', 'require_rates', 'require_data',
-           'no_gpu', 'require_gpu']
+           'work_of', 'costs', 'plan_line', 'show_plan', 'job_hours', 'disk_of', 'more_lines', 'plan_text',
+           'require_rates', 'require_data', 'no_gpu', 'require_gpu']
 
 # %% ../../nbs/study/05_costs.ipynb #ba3d9d7a
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from ..backbones import is_vit
 from ..data.archives import ARCHIVES, find_archive
 from ..data.registry import dataset_info, train_size
 from ..generation import SynthesisSpec
-from .grid import FROM_REAL, LEARNED, SWEEPS, Job, SetKey, Study, near, resources, shards_of
+from .grid import FROM_REAL, LEARNED, SWEEPS, Job, SetKey, Study, near, resources, rates_of, shards_of
 from ..mixing import Mixing, epoch_sizes
-from ..rates import H100, TWO_CORES, Rate, Rates, share
+from ..rates import H100, Rate, Rates, share
 from .records import job_path
 from ..transfer import Run, pipeline
 
@@ -220,12 +220,6 @@ def show_plan(table: pd.DataFrame, # from `costs`
     lines += ["", "Rates:", *dict.fromkeys(named), f"  an image: {rates.image_bytes:,g} bytes, {rates.image_source}"]
     return "\n".join(lines)
 
-# %% ../../nbs/study/05_costs.ipynb #4ee28525
-def plan_text(study: Study) -> str:
-    "The plan of a profile as text, at the rates of the device that it is for."
-    rates = TWO_CORES if study.offline else H100
-    return show_plan(costs(work_of(study, targets_of(study)), rates), rates)
-
 # %% ../../nbs/study/05_costs.ipynb #32d08742
 def _passes(study: Study, count: PassCounter, job: Job, target: Target) -> int:
     "Image passes of a job that fine-tunes or searches."
@@ -265,6 +259,33 @@ def job_hours(study: Study,
         requested = resources(study, job.rule, job.folder)["runtime"] / 60
         rows[job.key] = dict(rule=job.rule, hours=work.amount / rate.per_second / 3600, requested=requested)
     return pd.DataFrame.from_dict(rows, orient="index", columns=["rule", "hours", "requested"])
+
+# %% ../../nbs/study/05_costs.ipynb #adee3c0d
+def disk_of(study: Study, rates: Rates) -> dict[str, float]: # GB
+    "What a profile keeps of real images."
+    counts = {d: dataset_info(d).counts or (train_size(d), 0) for d in study.datasets}
+    learned = {key for group, key in study.all_sets if group in LEARNED}
+    moments = 8 * (study.settings.size / 8)**2 * 4 # bytes of an image: mean and log-variance of 4 channels
+    return {"real images": sum(map(sum, counts.values())) * rates.image_bytes / 1e9,
+            "latents of those that a style is learned from": sum(counts[d][0] for d in learned) * moments / 1e9}
+
+# %% ../../nbs/study/05_costs.ipynb #871fc161
+def more_lines(study: Study, rates: Rates) -> list[str]:
+    "What a plan says besides of a profile that takes days: what else is kept, and how long its jobs are."
+    if study.offline: return []
+    kept = [f"{gigabytes:,.3g} GB of {what}" for what, gigabytes in disk_of(study, rates).items() if gigabytes]
+    lines = ["", f"Besides {' and '.join(kept)}."]
+    found = job_hours(study, rates)
+    for rule, jobs in found.groupby("rule", sort=False):
+        most = jobs.loc[jobs.hours.idxmax()]
+        lines.append(f"{rule}: {len(jobs)} job{'s' * (len(jobs) > 1)}, {jobs.hours.median():,.1f} hours each, {most.hours:,.1f} at most "
+                     f"({most.name}) of the {most.requested:g} that it requests")
+    return lines
+
+def plan_text(study: Study) -> str:
+    "The plan of a profile as text, at the rates of the device that it is for."
+    rates = rates_of(study)
+    return "\n".join([show_plan(costs(work_of(study, targets_of(study)), rates), rates), *more_lines(study, rates)])
 
 # %% ../../nbs/study/05_costs.ipynb #1c3e1c17
 def require_rates(study: Study) -> None:

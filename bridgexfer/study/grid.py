@@ -6,10 +6,10 @@
 __all__ = ['SWEEPS', 'LEARNED', 'FROM_REAL', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES', 'LISTED', 'MESSAGES', 'PAGES',
            'Profile', 'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'Sets', 'AllSets', 'subset', 'strength',
            'recipe_of', 'Specs', 'Learned', 'SetSpecs', 'web_images', 'Runs', 'Trainings', 'Choices', 'RunSpecs',
-           'search_weight', 'Tuning', 'is_resource', 'decides', 'Job', 'in_parts', 'contents', 'patterns', 'shards_of',
-           'set_parts', 'set_jobs', 'set_manifests', 'sweep_jobs', 'searched_manifests', 'other_jobs', 'Page',
-           'page_of', 'Results', 'Study', 'near', 'command', 'job_command', 'page_command', 'resources', 'state',
-           'job_state', 'page_state', 'gather', 'gather_choices', 'gather_sets', 'gather_parts']
+           'search_weight', 'Tuning', 'is_resource', 'decides', 'Job', 'in_parts', 'contents', 'patterns', 'rates_of',
+           'shards_of', 'set_parts', 'set_jobs', 'set_manifests', 'sweep_jobs', 'searched_manifests', 'other_jobs',
+           'Page', 'page_of', 'Results', 'Study', 'near', 'command', 'job_command', 'page_command', 'resources',
+           'state', 'job_state', 'page_state', 'gather', 'gather_choices', 'gather_sets', 'gather_parts']
 
 # %% ../../nbs/study/02_grid.ipynb #5af956c5
 import json
@@ -28,12 +28,12 @@ from ..data.registry import dataset_info, load_dataset, train_size
 from ..datasets import Dataset, DatasetInfo, few_shot, hold_out, with_recipe
 from ..finetune import BalancedSpec, FinetuneSpec
 from ..generation import BETWEEN, BETWEEN_STRENGTH, STRENGTHS, SynthesisSpec, synthesis_spec, with_lora
-from ..images import Images, as_images
+from ..images import SMALL, Images, as_images
 from ..lora import LoraSpec, lora_spec
 from ..miniature.typeset import WEB, corpus
 from ..mixing import Mixing
-from ..models import find_model
-from ..rates import H100, TWO_CORES, hours_for
+from ..models import SHIPPED, find_model
+from ..rates import H100, TWO_CORES, Rates, fed_by, hours_for, measured
 from ..style_inversion import InversionSpec, inversion_spec, token_words
 from .records import job_name, job_path, read_choice, read_jobs, write_job
 from .settings import Settings, load_settings, read_ini
@@ -632,6 +632,14 @@ def patterns(keys: Iterable[str], # of jobs or manifests: folder/name
     pairs = [key.split("/") for key in keys]
     return dict(folder=any_of(folder for folder, _ in pairs), name=any_of(name for _, name in pairs))
 
+# %% ../../nbs/study/02_grid.ipynb #3c38150d
+def rates_of(study: Profile) -> Rates:
+    "The rates of the device that a profile is for: measured ones where there are, as its cores can keep up with."
+    s = study.settings
+    if s.model == SHIPPED: return TWO_CORES
+    rates = measured(study.root/"figures"/"device.csv", H100)
+    return fed_by(rates, s.cores) if s.stored_size > SMALL else rates
+
 # %% ../../nbs/study/02_grid.ipynb #0baeec76
 def shards_of(study: Tuning, group: str, key: str) -> list[tuple[SetKey, int]]: # a set, the number of a shard
     "What the job of a group of sets makes, or its parts: the shards that no job before it has made."
@@ -646,7 +654,7 @@ def set_parts(study: Tuning, group: str, key: str) -> list[str]: # such as "1of9
     shards = shards_of(study, group, key)
     classes = len(dataset_info(study.dataset_of(group, key)).names)
     images = len(shards) * SynthesisSpec.shard * classes
-    took = hours_for(TWO_CORES if study.offline else H100, "generate", s.model, images)
+    took = hours_for(rates_of(study), "generate", s.model, images)
     n = min(len(shards), ceil(took / s.part_hours)) if s.part_hours else 1
     return [f"{i}of{n}" for i in range(1, n + 1)] if n > 1 else [""]
 
