@@ -109,6 +109,7 @@ cost: $(STAMP) ## time `make study` in a fresh clone of the last commit, see whe
 	$(call bench,two_commands)
 
 bench: $(STAMP) ## ours beside what others do, in turn, and how time and memory grow: figures/benchmarks.csv, growth.csv (25 minutes on two cores); on a GPU at full size with DEVICE=cuda
+	$(if $(filter cuda,$(strip $(DEVICE))),@$(RUN) python -m bridgexfer.study.device cuda figures)
 	$(call bench,generation)
 	$(call bench,style_inversion)
 	$(call bench,finetuning)

@@ -603,6 +603,7 @@ def denoiser(pipe: "diffusers.DiffusionPipeline") -> torch.nn.Module:
     "The network that denoises."
     return next(network for network in (getattr(pipe, name, None) for name in NETWORKS) if network is not None)
 
+# %% ../nbs/library/07_generation.ipynb #e59f2b82
 def compile_denoiser(pipe: "diffusers.DiffusionPipeline", # whose network is compiled in place
                      backend: str = "inductor", # of torch.compile; "eager" compiles nothing, for tests
                     ) -> None:
@@ -613,6 +614,7 @@ def compile_denoiser(pipe: "diffusers.DiffusionPipeline", # whose network is com
     if unet or not network._repeated_blocks: network.compile(backend=backend, fullgraph=True, **graphs)
     else: network.compile_repeated_blocks(backend=backend, fullgraph=True)
 
+# %% ../nbs/library/07_generation.ipynb #d92fc8a3
 def uncompile(pipe: "diffusers.DiffusionPipeline") -> None:
     "Undo `compile_denoiser`."
     for module in denoiser(pipe).modules(): module._compiled_call_impl = None

@@ -115,12 +115,14 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
         raise ValueError(f"{path} is damaged ({reason}): "
                          f"`bridgexfer verify {path.parent} --repair` makes it again.") from None
 
+# %% ../nbs/library/08_synthetic_sets.ipynb #60b2ae7e
 def _read(path: Path) -> pa.Table:
     "A Parquet file, whose columns may have more than 2 GiB."
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         groups = [file.read_row_group(k) for k in range(file.num_row_groups)]
         return pa.concat_tables([file.schema_arrow.empty_table(), *groups])
 
+# %% ../nbs/library/08_synthetic_sets.ipynb #830aab1d
 def read_shard(path: Path) -> pa.Table:
     "Read a shard and compare its pages with their checksums, so that a flipped bit becomes no other picture."
     with _opened(path): return _read(path)

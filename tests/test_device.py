@@ -12,8 +12,8 @@ from tqdm import tqdm
 from bridgexfer import synthetic_sets
 from bridgexfer.artefacts import device_name
 from bridgexfer.evaluation import _one_behind
-from bridgexfer.generation import (compile_denoiser, denoiser, predict_noise, plan, sample, sample_later, synthesis_spec,
-                                   to_host, try_compiled, uncompile)
+from bridgexfer.generation import (compile_denoiser, denoiser, plan, predict_noise, sample, sample_later,
+                                   synthesis_spec, to_host, try_compiled, uncompile)
 from bridgexfer.models import load_pipeline
 from bridgexfer.rates import H100, SD15, measured
 from bridgexfer.study.costs import plan_text

@@ -239,12 +239,14 @@ def _generated(study: Study, job: Job) -> int:
     shards = share(shards_of(study, group, key), job.part)
     return len(shards) * SynthesisSpec.shard * len(dataset_info(study.dataset_of(group, key)).names)
 
+# %% ../../nbs/study/05_costs.ipynb #894ca9af
 def job_hours(study: Study,
               rates: Rates,
              ) -> pd.DataFrame: # by job: its rule, expected and requested hours; those whose rate is known
     "Expected hours of each job, and those that it requests."
-    count, rows, s = PassCounter(study), {}, study.settings
+    count = PassCounter(study)
     targets = targets_of(study)
+    rows, s = {}, study.settings
     for job in study.jobs():
         d = job.parameters.get("dataset")
         if job.rule == "generate": work = Work("", "generate", s.model, images=_generated(study, job))
@@ -278,10 +280,12 @@ def more_lines(study: Study, rates: Rates) -> list[str]:
     found = job_hours(study, rates)
     for rule, jobs in found.groupby("rule", sort=False):
         most = jobs.loc[jobs.hours.idxmax()]
-        lines.append(f"{rule}: {len(jobs)} job{'s' * (len(jobs) > 1)}, {jobs.hours.median():,.1f} hours each, {most.hours:,.1f} at most "
+        many = f"{len(jobs)} job{'s' * (len(jobs) > 1)}"
+        lines.append(f"{rule}: {many}, {jobs.hours.median():,.1f} hours each, {most.hours:,.1f} at most "
                      f"({most.name}) of the {most.requested:g} that it requests")
     return lines
 
+# %% ../../nbs/study/05_costs.ipynb #15055640
 def plan_text(study: Study) -> str:
     "The plan of a profile as text, at the rates of the device that it is for."
     rates = rates_of(study)

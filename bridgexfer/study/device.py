@@ -11,12 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import Any
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from ..backbones import input_config, untrained
+from ..backbones import untrained
 from ..finetune import train_step
 from ..generation import plan, sample, synthesis_spec, try_compiled
 from ..images import as_images
@@ -38,6 +37,7 @@ def timed(work: Callable[[], object],
         calls += 1
     return took / calls
 
+# %% ../../nbs/study/11_device.ipynb #ad53b0e7
 def matrix_rate(device: str,
                 n: int = 8192, # rows and columns
                 least: float = 2., # seconds
@@ -54,6 +54,7 @@ def count_operations(work: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as count: work()
     return count.get_total_flops()
 
+# %% ../../nbs/study/11_device.ipynb #b775c1d5
 def row(job: str, # as in `Rate`
         of: str,
         amount: int, # images or steps of a call
@@ -80,10 +81,12 @@ def generation(model: str, # a pipeline's folder
     pipe = load_pipeline(model, "bfloat16", device)
     spec = synthesis_spec(model, ("thing",), steps=steps, size=size, batch=batch, precision="bfloat16")
     rows = plan(spec, 0, batch)
-    prompts, seeds = [r.prompt for r in rows], [r.seed for r in rows]
+    prompts = [r.prompt for r in rows]
+    seeds = [r.seed for r in rows]
     def compiled(): return torch.device(device).type == "cuda" and try_compiled(pipe, spec, prompts[0])
     return lambda: sample(pipe, prompts, seeds, spec), compiled
 
+# %% ../../nbs/study/11_device.ipynb #b3a7fbf6
 def training(arch: str, size: int, batch: int, device: str) -> Callable[[], object]: # size: pixels
     "A step of fine-tuning on images that are on the device."
     model = untrained(arch, 100).train().to(device, memory_format=torch.channels_last)
@@ -121,7 +124,7 @@ def measure(device: str, # such as "cuda"
            ) -> list[dict[str, Any]]: # rows
     "The rates of a device."
     least = 0. if small else 5.
-    matrix = matrix_rate(device, *(256, .01) if small else ())
+    matrix = matrix_rate(device, 256, .01) if small else matrix_rate(device)
     rows = [dict(job="matrix", of="bfloat16", per_second=matrix, share=1.)]
     with TemporaryDirectory() as folder:
         model, name = (SHIPPED, SHIPPED) if small else (str(write_sd15(folder)), SD15)

@@ -6,10 +6,10 @@
 __all__ = ['SWEEPS', 'LEARNED', 'FROM_REAL', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES', 'LISTED', 'MESSAGES', 'PAGES',
            'Profile', 'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'Sets', 'AllSets', 'subset', 'strength',
            'recipe_of', 'Specs', 'Learned', 'SetSpecs', 'web_images', 'Runs', 'Trainings', 'Choices', 'RunSpecs',
-           'search_weight', 'Tuning', 'is_resource', 'decides', 'Job', 'in_parts', 'contents', 'patterns', 'rates_of',
-           'shards_of', 'set_parts', 'set_jobs', 'set_manifests', 'sweep_jobs', 'searched_manifests', 'other_jobs',
-           'Page', 'page_of', 'Results', 'Study', 'near', 'command', 'job_command', 'page_command', 'resources',
-           'state', 'job_state', 'page_state', 'gather', 'gather_choices', 'gather_sets', 'gather_parts']
+           'search_weight', 'Tuning', 'Searches', 'is_resource', 'decides', 'Job', 'in_parts', 'contents', 'patterns',
+           'rates_of', 'shards_of', 'set_parts', 'set_jobs', 'set_manifests', 'sweep_jobs', 'searched_manifests',
+           'other_jobs', 'Page', 'page_of', 'Results', 'Study', 'near', 'command', 'job_command', 'page_command',
+           'resources', 'state', 'job_state', 'page_state', 'gather', 'gather_choices', 'gather_sets', 'gather_parts']
 
 # %% ../../nbs/study/02_grid.ipynb #5af956c5
 import json
@@ -278,7 +278,8 @@ class AllSets(Sets):
         found = dict(self.all_sets)
         for vocabulary in {dataset_info(d).vocabulary: d for d in self.datasets}:
             single = found.get(("single", vocabulary), {})
-            if sets := {k: n for k, n in self.searched_sets.items() if k not in single}: found["tuning", vocabulary] = sets
+            sets = {k: n for k, n in self.searched_sets.items() if k not in single}
+            if sets: found["tuning", vocabulary] = sets
         return found
 
 # %% ../../nbs/study/02_grid.ipynb #b45c1d23
@@ -551,17 +552,6 @@ class Tuning(RunSpecs):
         whole = arch in self.archs and shots in map(count, self.settings.shots)
         return {k: a for k, a in axes.items() if k == "lr" or whole and len(a.values) > 1}
 
-    def search_parts(self, dataset: str, arch: str,
-                     n: int | None = None, # jobs; None: as many as a sweep has
-                    ) -> dict[str, list[tuple[str, int]]]: # such as "1of3" -> pipelines and shots; one job is ""
-        "The searches of a dataset with a backbone, in jobs of about the same length."
-        cells, n = self.tuned_cells(dataset, arch), n or self.settings.jobs_per_sweep
-        if n == 1: return {"": cells}
-        size = len(dataset_info(dataset).names), train_size(dataset)
-        def together(cell): return _searched_together(cell, self.axes(*cell))
-        parts = cut(cells, n, together, lambda some: search_weight(self, some, *size))
-        return {f"{i}of{n}": part for i, part in enumerate(parts, 1) if part}
-
     def held_out(self, data: Dataset, seed: int) -> Dataset: # its test images are validation images
         "The training images in two parts, one to fit and one to validate."
         return Dataset(data.info, *hold_out(data.train, self.settings.validation, seed))
@@ -573,6 +563,21 @@ class Tuning(RunSpecs):
         if used := {*seeds} & {*s.seeds, *s.few_seeds, *s.sweep_seeds}:
             raise ValueError(f"Seed {min(used)} is one of the study's: choose other tuning_seeds in settings.ini.")
         return seeds
+
+# %% ../../nbs/study/02_grid.ipynb #f271d758
+class Searches(Tuning):
+    "The search, shared out over jobs."
+    def search_parts(self, dataset: str, arch: str,
+                     n: int | None = None, # jobs; None: as many as a sweep has
+                    ) -> dict[str, list[tuple[str, int]]]: # such as "1of3" -> pipelines and shots; one job is ""
+        "The searches of a dataset with a backbone, in jobs of about the same length."
+        cells = self.tuned_cells(dataset, arch)
+        n = n or self.settings.jobs_per_sweep
+        if n == 1: return {"": cells}
+        size = len(dataset_info(dataset).names), train_size(dataset)
+        def together(cell): return _searched_together(cell, self.axes(*cell))
+        parts = cut(cells, n, together, lambda some: search_weight(self, some, *size))
+        return {f"{i}of{n}": part for i, part in enumerate(parts, 1) if part}
 
 # %% ../../nbs/study/02_grid.ipynb #a72f6873
 PATHS = ("profile", "runs", "figures", "data")
@@ -615,7 +620,8 @@ def in_parts(whole: Job,
              parts: Iterable[str], # such as "1of3"; "": the job itself
             ) -> list[Job]:
     "A job, or the parts that it is cut into."
-    return [replace(whole, part=part, parameters=whole.parameters | dict(part=part)) if part else whole for part in parts]
+    def named(part): return replace(whole, part=part, parameters=whole.parameters | dict(part=part))
+    return [named(part) if part else whole for part in parts]
 
 def contents(dataset: str, # a name of the registry, or a folder of the user's
             ) -> int: # 0 for the registry's
@@ -648,6 +654,7 @@ def shards_of(study: Tuning, group: str, key: str) -> list[tuple[SetKey, int]]: 
     def numbers(w, n): return range(ceil(before.get(w, 0) / size), ceil(n / size))
     return [(w, k) for w, n in study.every_set[group, key].items() for k in numbers(w, n)]
 
+# %% ../../nbs/study/02_grid.ipynb #06d3dcce
 def set_parts(study: Tuning, group: str, key: str) -> list[str]: # such as "1of9"; [""]: one job makes all
     "The jobs that a group of sets is cut into, at the rate of the device that the profile is for."
     s = study.settings
@@ -677,6 +684,7 @@ def set_jobs(study: Tuning) -> list[Job]:
         jobs += in_parts(whole, set_parts(study, group, key))
     return jobs
 
+# %% ../../nbs/study/02_grid.ipynb #15ef6011
 def set_manifests(study: Tuning, sweep: str, dataset: str) -> tuple[str, ...]:
     "What the jobs leave that generate the images of a sweep's runs."
     return tuple(f"generate/{group}-{job_name(key)}" for group, key in study.groups(sweep, dataset))
@@ -709,7 +717,7 @@ def searched_manifests(study: Tuning, dataset: str) -> tuple[str, ...]:
     return tuple(f"generate/{group}-{job_name(vocabulary)}" for group in found)
 
 # %% ../../nbs/study/02_grid.ipynb #1d29cc36
-def other_jobs(study: Tuning) -> list[Job]:
+def other_jobs(study: Searches) -> list[Job]:
     "Alignment of images, transferability of backbones, and the search for hyper-parameters."
     jobs, s = [], study.settings
     for d in study.datasets_of("style"):
@@ -782,7 +790,7 @@ def _within(frame: "pd.DataFrame", gap: dict[str, object]) -> "pd.Series": # of 
     return (frame[keys] == [gap[k] for k in keys]).all(axis=1)
 
 # %% ../../nbs/study/02_grid.ipynb #ab719953
-class Results(Tuning):
+class Results(Searches):
     "The records that the jobs left."
     def _read_for(self, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]: # datasets, backbones
         "What a folder of manifests is about."
@@ -932,6 +940,7 @@ def gather_choices(study: Study, job: Job, manifests: list[dict]) -> Path: # of 
     records = dict.fromkeys(study.runs_dir/record for m in manifests for record in m["records"])
     return write_job(study.runs_dir/f"{job.manifest}.json", records, choices=choices)
 
+# %% ../../nbs/study/02_grid.ipynb #e579b819
 def gather_sets(study: Study, job: Job, manifests: list[dict]) -> Path: # of the manifest
     "Join the parts of a group of sets; one that is not whole is a ValueError."
     entries = {entry["hash"]: entry for m in manifests for entry in m["sets"]}
