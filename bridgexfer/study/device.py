@@ -150,4 +150,4 @@ def main(device: str = "cuda", # to measure
     for r in table:
         print(f"{r['job']:9} {Path(r['of']).name:24} {r['per_second']:12.4g} /s {r['share']:6.1%} of the matrix rate")
 
-if __name__ == "__main__": main(*sys.argv[1:])
+if __name__ == "__main__" and Path(sys.argv[0]).stem == "device": main(*sys.argv[1:]) # and not in a notebook
