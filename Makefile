@@ -105,8 +105,8 @@ cpu_sharing          = -p part miniature -p rounds 2
 cpu_two_commands     = -p commands "study; study" -p environment new
 cpu_scores           = -p images 898 -p heads 30 -p epochs 20 -p leep_size "20000 1000 200" -p feature_size "5000 512 100" -p rounds 3
 cuda_scores          = $(cpu_scores) -p device cuda
-cpu_growth           = -p per_class "20 200 1000 3000" -p classes "20 100 400" -p size 256 -p read "400 800 1600 3200" -p limit 250 -p profiles "miniature evening paper" \
-  -p listed "1 3 6" -p listed_size "400 2500" -p scored "2000 6000 20000" -p sources 1000
+cpu_growth           = -p per_class "20 200 1000 3000" -p size 512 -p written "200 400 800" -p read "400 800 1600 3200" -p limit 120 \
+  -p mapped "10000 50000 100000" -p profiles "miniature evening paper" -p listed "1 3 6" -p listed_size "400 2500" -p scored "2000 6000 20000" -p sources 1000
 bench = @mkdir -p runs/benchmarks && $(RUN) papermill --engine ipc --log-output nbs/benchmarks/$(1).ipynb runs/benchmarks/$(1).ipynb -p out "$(CURDIR)/figures" $($(strip $(DEVICE))_$(1))
 
 cost: override DEVICE = cpu
@@ -114,6 +114,7 @@ cost: $(STAMP) ## time `make study` in a fresh clone of the last commit, see whe
 	$(call bench,two_commands)
 
 bench: $(STAMP) ## ours beside what others do, in turn, and how time and memory grow: figures/benchmarks.csv, growth.csv (25 minutes on two cores); on a GPU at full size with DEVICE=cuda
+	$(if $(filter cuda,$(strip $(DEVICE))),@$(RUN) python -m bridgexfer.study.device cuda figures)
 	$(call bench,generation)
 	$(call bench,style_inversion)
 	$(call bench,finetuning)

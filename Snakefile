@@ -3,7 +3,7 @@
 # A job runs again when its inputs or its state change, never because of prose, and then finds its records.
 import os, sys, time
 from snakemake.exceptions import WorkflowError
-from bridgexfer.study.grid import Study, gather, job_command, job_state, near, page_command, page_state, patterns, resources
+from bridgexfer.study.grid import Study, gather_parts, job_command, job_state, near, page_command, page_state, patterns, resources
 from bridgexfer.study.costs import require_data, require_gpu, require_rates
 from bridgexfer.study.workflow import begin, failures, failures_text
 
@@ -51,11 +51,11 @@ rule jobs: # everything that `paper` reads, and no table
 rule learning_rates: # Table 5, which fine-tuning reads
     input: whole(study.pages_of("learning_rates"))
 
-rule gather: # the parts of a sweep
+rule gather: # the parts of a job
     input: lambda w: manifests(job.key for job in parts(w))
     output: f"{RUNS}/{{folder}}/{{name}}.json"
     wildcard_constraints: **patterns(job.manifest for job in JOBS.values() if job.part)
-    run: gather(study, *(parts(wildcards)[0].parameters[k] for k in ("sweep", "dataset", "arch")))
+    run: said(lambda: gather_parts(study, parts(wildcards)[0]))
 
 for kind in dict.fromkeys(job.rule for job in JOBS.values()):
     rule: # one for each notebook of nbs/jobs
@@ -66,7 +66,7 @@ for kind in dict.fromkeys(job.rule for job in JOBS.values()):
         wildcard_constraints: **patterns(job.key for job in JOBS.values() if job.rule == kind)
         log: f"{RUNS}/logs/{{folder}}-{{name}}.txt"
         params: message=lambda w: of(w).message, command=lambda w: job_command(study, of(w)), state=lambda w: said(lambda: job_state(study, of(w)))
-        threads: study.settings.cores
+        threads: lambda w: resources(study, of(w).rule, of(w).folder)["cores"]
         priority: 2 if kind in ("invert", "generate") else 1
         resources: **{k: lambda w, k=k: resources(study, of(w).rule, of(w).folder)[k] for k in ("gpu", "mem_mb", "runtime")}
         shell: LOGGED
@@ -79,5 +79,5 @@ for page in study.pages():
         output: *map(update, leaves([page])) # they stay while they are made anew, and are put back if that fails
         log: f"{RUNS}/logs/{page.name}.txt"
         params: page=page.name, command=page_command(study, page), state=page_state(study, page)
-        resources: **resources(study, "table")
+        resources: **{k: resources(study, "table")[k] for k in ("gpu", "mem_mb", "runtime")}
         shell: LOGGED

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'PACKAGE', 'STATE', 'unhashed', 'canonical', 'address', 'spec_hash', 'as_dict', 'stable_hash', 'digest',
-           'atomic', 'write_json', 'read_json', 'read_tensors', 'provenance', 'found_or_made', 'code_hash']
+           'atomic', 'write_json', 'read_json', 'read_tensors', 'device_name', 'provenance', 'found_or_made',
+           'code_hash']
 
 # %% ../nbs/library/00_artefacts.ipynb #f4287061
 import ast, hashlib, json, os, platform, re, subprocess, time
@@ -169,7 +170,15 @@ def _commit(clone: Path = PACKAGE.parent) -> str | None:
         return _git(clone, "rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError): return None # git is absent, or nothing is committed yet
 
-# %% ../nbs/library/00_artefacts.ipynb #b79ebd82
+# %% ../nbs/library/00_artefacts.ipynb #f9ab2cfe
+def device_name(device: object, # such as "cpu" or "cuda:1"
+               ) -> str: # with the model of a GPU
+    "A device for the record."
+    if not str(device).startswith("cuda"): return str(device)
+    import torch # not at the top: what runs on a CPU may not need it
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+# %% ../nbs/library/00_artefacts.ipynb #95b00523
 def provenance(started: float, # `time.time()` when the work began
                device: str = "cpu", # where it ran
                images: int = 0, # how many were made or trained on; 0: the work had none
@@ -180,7 +189,7 @@ def provenance(started: float, # `time.time()` when the work began
     elapsed = time.time() - started
     made = {"seconds": round(elapsed, 2)}
     if images: made |= {"images": images, "images_per_s": round(images / max(seconds or elapsed, 1e-3), 1)}
-    made |= {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "device": str(device)}
+    made |= {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "device": device_name(device)}
     if precision: made["precision"] = precision
     made |= {"commit": _commit(), "python": platform.python_version()}
     return made | {name: version(name) for name in LIBRARIES}

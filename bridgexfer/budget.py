@@ -273,7 +273,7 @@ class Clock:
     def searching(self, run: Run, values: dict[str, float]) -> AbstractContextManager:
         return self.begin(run, values, self.end - self.reserved)
 
-# %% ../nbs/apps/03_budget.ipynb #30ea9930
+# %% ../nbs/apps/03_budget.ipynb #04b515f7
 def clock(study: Study, # of `own_study`, with its amounts
           target: Target,
           arch: str,
@@ -282,7 +282,7 @@ def clock(study: Study, # of `own_study`, with its amounts
          ) -> Clock:
     "A clock for the runs of a comparison; the winner may have to be trained once more, and a report is written."
     def counted(run, values): return PassCounter(study).passes(run, target, arch, values)
-    per_second = rates.find(Work("own", "transfer", arch)).per_second
+    per_second = rates.find("transfer", arch).per_second
     compared = own_runs(study)
     each = [counted(run, study.start(run.pipeline, 0)) / per_second for run in compared]
     return Clock(end - FINISHING - max(each), per_second, counted, reserved=sum(each))

@@ -537,15 +537,14 @@ def _study(words: list[str] | None):
     from bridgexfer.study.grid import Study
     return Study(**key_values(words))
 
-# %% ../nbs/apps/04_cli.ipynb #9288228b
+# %% ../nbs/apps/04_cli.ipynb #5f2dcb4f
 @app.command()
 def plan(settings: KeyValues = None, as_json: AsJson = False) -> int:
     "What a profile costs before it runs: jobs, images, hours, disk."
-    from bridgexfer.study.costs import H100, TWO_CORES, costs, plan_text, targets_of, work_of
+    from bridgexfer.study.costs import costs, plan_text, rates_of, targets_of, work_of
     study = _study(settings)
-    rates = TWO_CORES if study.offline else H100
     if not as_json: return _answer(0, None, plan_text(study), as_json)
-    return _answer(0, _rows(costs(work_of(study, targets_of(study), beyond=True), rates)), "", as_json)
+    return _answer(0, _rows(costs(work_of(study, targets_of(study), beyond=True), rates_of(study))), "", as_json)
 
 # %% ../nbs/apps/04_cli.ipynb #b7593e62
 @app.command()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EVALUATED', 'METRICS', 'autocast', 'logits', 'predict', 'features', 'accuracy', 'outcome', 'evaluate']
 
-# %% ../nbs/library/13_evaluation.ipynb #1b0c62d6
-from collections.abc import Callable
+# %% ../nbs/library/13_evaluation.ipynb #4c329c01
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 import numpy as np
 import torch
@@ -32,9 +32,18 @@ def _computed(compute: Callable, # what is wanted of a model, a batch to (n, ·)
     if precision_on(x.device) != "float16" or z.isfinite().all(): return z
     return compute(x).float()
 
-# %% ../nbs/library/13_evaluation.ipynb #14c37ec5
-EVALUATED = 256 * 224**2 # pixels at once
+# %% ../nbs/library/13_evaluation.ipynb #93a34c39
+def _one_behind(parts: Iterable[torch.Tensor], # on a device
+               ) -> Iterator[torch.Tensor]: # the same, on the host
+    "Results, each fetched when the work of the next has been handed to the device."
+    before = None
+    for part in parts:
+        if before is not None: yield before.cpu()
+        before = part
+    if before is not None: yield before.cpu()
 
+# %% ../nbs/library/13_evaluation.ipynb #c7e78d29
+EVALUATED = 256 * 224**2 # pixels at once
 def _outputs(model: nn.Module, # any timm model
              compute: Callable, # what is wanted of it, a batch to (n, ·)
              images: Images,
@@ -45,9 +54,10 @@ def _outputs(model: nn.Module, # any timm model
     model.to(device, memory_format=torch.channels_last).eval()
     config = input_config(model)
     fits = AtOnce(images_within(EVALUATED, config.size, batch))
-    def parts(x): return in_batches(lambda part: _computed(compute, x[part]).cpu(), len(x), fits)
+    def parts(x): return in_batches(lambda part: _computed(compute, x[part]), len(x), fits)
     with torch.inference_mode():
-        return torch.cat([z for x in eval_batches(images, fits.most, config, device) for z in parts(x)])
+        batches = eval_batches(images, fits.most, config, device)
+        return torch.cat([*_one_behind(z for x in batches for z in parts(x))])
 
 # %% ../nbs/library/13_evaluation.ipynb #df8dd6e5
 def logits(model: nn.Module, # a classifier

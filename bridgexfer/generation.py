@@ -7,24 +7,26 @@ __all__ = ['SCHEDULERS', 'FORMATS', 'SYNTHESIS_VERSION', 'BETWEEN', 'AT_ONCE', '
            'check_choice', 'check_whole', 'check_texts', 'check_classes', 'check_guidance', 'check_prompts',
            'check_spec', 'as_texts', 'one_spelling', 'SynthesisSpec', 'synthesis_spec', 'with_lora', 'Weights',
            'split_weights', 'Row', 'sentences_of', 'negative_of', 'plan', 'make_scheduler', 'embed', 'check_images',
-           'check_black', 'decode', 'resized', 'encode', 'latent_noise', 'begin', 'predict_noise', 'denoise',
-           'takes_loop', 'from_images', 'copies', 'call_pipeline', 'check_lengths', 'size_unit', 'check_family',
-           'check_start', 'check_model', 'check_request', 'sample']
+           'check_black', 'to_host', 'decode_later', 'decode', 'resized', 'encode', 'latent_noise', 'begin',
+           'predict_noise', 'denoise', 'takes_loop', 'from_images', 'copies', 'call_pipeline', 'check_lengths',
+           'size_unit', 'check_family', 'check_start', 'check_model', 'check_request', 'sample_later', 'sample',
+           'denoiser', 'compile_denoiser', 'uncompile', 'try_compiled']
 
-# %% ../nbs/library/07_generation.ipynb #0484ca18
-import copy, inspect
+# %% ../nbs/library/07_generation.ipynb #0dba304c
+import copy, inspect, warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from math import ceil, inf, isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
 from .artefacts import stable_hash, unhashed
-from .models import OFFLOADS, PRECISIONS, AtOnce, Family, family_of, find_weights, images_within, in_batches
-from .models import lora_name, runs_on, why_no_tokens, why_not_from_images, why_not_guided
+from .models import NETWORKS, OFFLOADS, PRECISIONS, AtOnce, Family, family_of, find_weights, images_within
+from .models import in_batches, lora_name, runs_on, why_no_tokens, why_not_from_images, why_not_guided
 from .prompts import templates
 from .user_prompts import UserPrompts
 if TYPE_CHECKING: import diffusers # imported inside functions: programs that make no images do not wait for it
@@ -303,19 +305,43 @@ def check_black(pixels: np.ndarray, # (n, h, w, 3) uint8
                      "stored. Its weights are damaged, a filter of its own hides images, or it needs the precision "
                      "float32.")
 
-# %% ../nbs/library/07_generation.ipynb #4aebbe99
-def decode(pipe: "diffusers.StableDiffusionPipeline", # the model
-           z: torch.Tensor, # (n, channels, h, h) latents
-          ) -> np.ndarray: # (n, size, size, 3) uint8
-    "Latents as pixels."
+# %% ../nbs/library/07_generation.ipynb #519ddf12
+def to_host(*tensors: torch.Tensor, # on one device
+           ) -> Callable[[], list[np.ndarray]]: # waits for them
+    "Begin to copy tensors from a device."
+    if tensors[0].device.type != "cuda": return lambda: [t.cpu().numpy() for t in tensors]
+    host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensors[0].device))
+    def wait():
+        copied.synchronize()
+        return [t.numpy() for t in host]
+    return wait
+
+# %% ../nbs/library/07_generation.ipynb #b19cc9c6
+def decode_later(pipe: "diffusers.StableDiffusionPipeline", # the model
+                 z: torch.Tensor, # (n, channels, h, h) latents
+                ) -> Callable[[], np.ndarray]: # waits for (n, size, size, 3) uint8
+    "Latents as pixels, on their way from the device."
     vae = pipe.vae
     images = images_within(AT_ONCE, z.shape[-1] * pipe.vae_scale_factor, len(z))
     shift = vae.config.get("shift_factor") or 0 # of models of flows
     def pixels(some): return vae.decode((some / vae.config.scaling_factor + shift).to(vae.dtype), return_dict=False)[0]
     x = torch.cat([pixels(some) for some in z.split(images)]).float()
-    check_images(x.isfinite().flatten(1).all(1).cpu().numpy(), vae.dtype)
+    finite = x.isfinite().flatten(1).all(1)
     x = (x / 2 + 0.5).clamp(0, 1) * 255
-    return check_black(x.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+    arrive = to_host(finite, x.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous())
+    def wait():
+        whole, images = arrive()
+        check_images(whole, vae.dtype)
+        return check_black(images)
+    return wait
+
+def decode(pipe: "diffusers.StableDiffusionPipeline", # the model
+           z: torch.Tensor, # (n, channels, h, h) latents
+          ) -> np.ndarray: # (n, size, size, 3) uint8
+    "Latents as pixels."
+    return decode_later(pipe, z)()
 
 # %% ../nbs/library/07_generation.ipynb #bee4a6ee
 def resized(pixels: np.ndarray, # (n, any, any, 3) uint8
@@ -384,7 +410,7 @@ def predict_noise(unet: torch.nn.Module,
                  ) -> torch.Tensor: # (n, channels, h, h) float32
     "The noise in latents, by equation 1."
     x = x.to(unet.dtype)
-    if w in (0, 1): return unet(x, t, c, return_dict=False)[0].float() # no guidance
+    if w in (0, 1): return unet(x, t, c, return_dict=False)[0].to(torch.float32, copy=True) # no guidance
     both = unet(torch.cat([x, x]), t, torch.cat([c, empty.expand_as(c)]), return_dict=False)[0].float()
     with_prompt, without = both.chunk(2)
     return w * with_prompt + (1 - w) * without
@@ -405,7 +431,7 @@ def denoise(pipe: "diffusers.StableDiffusionPipeline", # the model
     z, timesteps = begin(pipe, spec, scheduler, generators, moments)
     for t in timesteps:
         x = scheduler.scale_model_input(z, t)
-        eps = predict_noise(pipe.unet, x, t, c, empty, spec.guidance)
+        eps = predict_noise(pipe.unet, x, t.to(z.device, non_blocking=True), c, empty, spec.guidance)
         z = scheduler.step(eps, t, z, return_dict=False, **options)[0]
     return z
 
@@ -550,17 +576,17 @@ def check_request(pipe: "diffusers.DiffusionPipeline",
     if len(init_images) != len(prompts):
         raise ValueError(f"One init image per prompt, got {len(init_images)} for {len(prompts)}.")
 
-# %% ../nbs/library/07_generation.ipynb #6595edcc
+# %% ../nbs/library/07_generation.ipynb #3365b8d2
 @torch.inference_mode()
-def sample(pipe: "diffusers.DiffusionPipeline", # from `load_pipeline`
-           prompts: Sequence[str], # n texts
-           seeds: Sequence[int], # n seeds
-           spec: SynthesisSpec, # how to sample; of its prompts, the negative one alone is used
-           cache: dict[str, torch.Tensor] | None = None, # embeddings of earlier prompts
-           init_images: np.ndarray | None = None, # (n, any, any, 3) uint8 to start from, with spec.strength
-           fits: AtOnce | None = None, # images at a time, from earlier calls; None: `spec.batch`
-          ) -> np.ndarray: # (n, size, size, 3) uint8
-    "Images for prompts, `spec.batch` at a time, or as many as fit."
+def sample_later(pipe: "diffusers.DiffusionPipeline", # from `load_pipeline`
+                 prompts: Sequence[str], # n texts
+                 seeds: Sequence[int], # n seeds
+                 spec: SynthesisSpec, # how to sample; of its prompts, the negative one alone is used
+                 cache: dict[str, torch.Tensor] | None = None, # embeddings of earlier prompts
+                 init_images: np.ndarray | None = None, # (n, any, any, 3) uint8 to start from, with spec.strength
+                 fits: AtOnce | None = None, # images at a time, from earlier calls; None: `spec.batch`
+                ) -> Callable[[], np.ndarray]: # waits for (n, size, size, 3) uint8
+    "Images for prompts, `spec.batch` at a time, or as many as fit; the last of them may still be on their way."
     check_request(pipe, prompts, seeds, spec, init_images)
     cache = {} if cache is None else cache
     by_hand = takes_loop(pipe)
@@ -568,12 +594,63 @@ def sample(pipe: "diffusers.DiffusionPipeline", # from `load_pipeline`
         some = list(prompts[part])
         generators = [torch.Generator().manual_seed(s) for s in seeds[part]]
         real = None if init_images is None else init_images[part]
-        if not by_hand: return call_pipeline(pipe, some, generators, spec, real)
+        if not by_hand: return partial(np.asarray, call_pipeline(pipe, some, generators, spec, real))
         moments = None if real is None else encode(pipe, real, spec.size)
         c = embed(pipe, some, cache)
         away = embed(pipe, [negative_of(spec)], cache)
-        return decode(pipe, denoise(pipe, spec, c, away, generators, moments))
-    return np.concatenate(in_batches(batch, len(prompts), fits or spec.batch))
+        return decode_later(pipe, denoise(pipe, spec, c, away, generators, moments))
+    arrive = in_batches(batch, len(prompts), fits or spec.batch)
+    return lambda: np.concatenate([wait() for wait in arrive])
+
+# %% ../nbs/library/07_generation.ipynb #7145d6ac
+def sample(pipe: "diffusers.DiffusionPipeline", # from `load_pipeline`
+           prompts: Sequence[str], # n texts
+           seeds: Sequence[int], # n seeds
+           spec: SynthesisSpec, # how to sample; of its prompts, the negative one alone is used
+           cache: dict[str, torch.Tensor] | None = None, # embeddings of earlier prompts
+           init_images: np.ndarray | None = None, # (n, any, any, 3) uint8 to start from, with spec.strength
+          ) -> np.ndarray: # (n, size, size, 3) uint8
+    "Images for prompts, `spec.batch` at a time, or as many as fit."
+    return sample_later(pipe, prompts, seeds, spec, cache, init_images)()
+
+# %% ../nbs/library/07_generation.ipynb #bb575b62
+def denoiser(pipe: "diffusers.DiffusionPipeline") -> torch.nn.Module:
+    "The network that denoises."
+    return next(network for network in (getattr(pipe, name, None) for name in NETWORKS) if network is not None)
+
+# %% ../nbs/library/07_generation.ipynb #e59f2b82
+def compile_denoiser(pipe: "diffusers.DiffusionPipeline", # whose network is compiled in place
+                     backend: str = "inductor", # of torch.compile; "eager" compiles nothing, for tests
+                    ) -> None:
+    "Have the network that denoises compiled when it is next called."
+    network = denoiser(pipe)
+    unet = type(network).__name__.startswith("UNet")
+    graphs = dict(mode="reduce-overhead", dynamic=False) if unet and backend == "inductor" else {}
+    if unet or not network._repeated_blocks: network.compile(backend=backend, fullgraph=True, **graphs)
+    else: network.compile_repeated_blocks(backend=backend, fullgraph=True)
+
+# %% ../nbs/library/07_generation.ipynb #d92fc8a3
+def uncompile(pipe: "diffusers.DiffusionPipeline") -> None:
+    "Undo `compile_denoiser`."
+    for module in denoiser(pipe).modules(): module._compiled_call_impl = None
+
+# %% ../nbs/library/07_generation.ipynb #c5bdfdbb
+def try_compiled(pipe: "diffusers.DiffusionPipeline", # whose network is compiled in place, if that works
+                 spec: SynthesisSpec, # what will be sampled
+                 prompt: str, # one of its prompts
+                 backend: str = "inductor", # of torch.compile
+                ) -> bool: # whether it works
+    "Compile the network that denoises, and draw a batch to see whether that works here."
+    trial = replace(spec, steps=2, init_images="", strength=None)
+    try:
+        compile_denoiser(pipe, backend)
+        sample(pipe, [prompt] * spec.batch, range(spec.batch), trial)
+    except Exception as e: # a compiler can fail in any way
+        uncompile(pipe)
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        warnings.warn(f"The model cannot be compiled here ({reason}): it is used as it is.", stacklevel=2)
+        return False
+    return True
 
 # %% ../nbs/library/07_generation.ipynb #65a504c2
 STRENGTHS = {16: 0.15, 8: 0.20, 4: 0.35, 2: 0.40, 1: 0.50} # shots -> strength

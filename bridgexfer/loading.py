@@ -133,12 +133,18 @@ def prefetch(items: Iterable) -> Iterator: # of things that are not None
             yield item
 
 # %% ../nbs/library/11_loading.ipynb #f73c93c8
+def _pinned(parts: Iterable[tuple[torch.Tensor, ...]], # in the host's memory
+            device: torch.device, # that they will be sent to
+           ) -> Iterator[list[torch.Tensor]]:
+    "Batches in memory that stays where it is."
+    with torch.cuda.device(device): # a thread begins on the first one
+        for part in parts: yield [t.pin_memory() for t in part]
+
 def to_device(parts: Iterable[tuple[torch.Tensor, ...]], # in the host's memory
               device: str = "cpu",
              ) -> Iterator[list[torch.Tensor]]: # on the device
     "Batches on their way to a device."
-    if torch.device(device).type == "cuda":
-        parts = prefetch([t.pin_memory() for t in part] for part in parts)
+    if torch.device(device).type == "cuda": parts = prefetch(_pinned(parts, torch.device(device)))
     for part in parts: yield [t.to(device, non_blocking=True) for t in part]
 
 # %% ../nbs/library/11_loading.ipynb #a3b86be3

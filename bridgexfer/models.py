@@ -306,7 +306,7 @@ def runs_on(pipe: "diffusers.DiffusionPipeline") -> torch.device:
     "Where a pipeline computes; its weights are elsewhere if they are offloaded."
     return pipe._execution_device
 
-# %% ../nbs/library/06_models.ipynb #bd6ce769
+# %% ../nbs/library/06_models.ipynb #aebb9980
 def _placed(folder: Path, # or a single file
             precision: str, # of the weights: a name in PRECISIONS
             device: str, # where it will run
@@ -317,10 +317,10 @@ def _placed(folder: Path, # or a single file
     parts = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     check_filled(name for part in parts for name, p in part.named_parameters() if p.is_meta)
     pipe.set_progress_bar_config(disable=True)
+    if torch.device(device).type == "cuda": # before networks are offloaded, when they are all there
+        for network in filter(None, (getattr(pipe, name, None) for name in ("unet", "vae"))):
+            network.to(memory_format=torch.channels_last)
     place(pipe, device, offload)
-    networks = [getattr(pipe, name, None) for name in ("unet", "vae")]
-    for network in filter(None, networks):
-        if torch.device(device).type == "cuda": network.to(memory_format=torch.channels_last)
     return pipe
 
 # %% ../nbs/library/06_models.ipynb #c993cb02

@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from bridgexfer.study.costs import (H100, PassCounter, Rate, Rates, SD15, Target, Work, costs, show_plan, targets_of,
-                                    work_of)
+from bridgexfer.rates import H100, SD15, Rate, Rates
+from bridgexfer.study.costs import PassCounter, Target, Work, costs, show_plan, targets_of, work_of
 from bridgexfer.study.grid import FROM_REAL, Study
 from bridgexfer.transfer import Run
 

@@ -19,7 +19,8 @@ from bridgexfer.artefacts import spec_hash, write_json
 from bridgexfer.data.registry import load_dataset
 from bridgexfer.datasets import few_shot
 from bridgexfer.images import as_images
-from bridgexfer.generation import SCHEDULERS, SynthesisSpec, embed, encode, make_scheduler, plan, sample, synthesis_spec
+from bridgexfer.generation import SCHEDULERS, SynthesisSpec, embed, encode, make_scheduler, plan, sample, sample_later
+from bridgexfer.generation import synthesis_spec
 from bridgexfer.models import find_weights, load_pipeline, load_token
 from bridgexfer.synthetic_sets import SyntheticSet, bind, card, find_damage, generate, init_images_of, make_shards
 from bridgexfer.synthetic_sets import read_spec, shard_path, shard_rows, shard_schema, write_shard
@@ -126,18 +127,18 @@ def test_a_shard_that_appears_meanwhile_is_skipped(made, spec, pipe, tmp_path, m
     "While the first shard is being sampled, another job leaves the second."
     def slow(*args):
         shutil.copy(shard_path(made.folder, 1), tmp_path / "sets")
-        return sample(*args)
+        return sample_later(*args)
 
     whole = contents(made.folder)
     made.folder.rename(tmp_path / "elsewhere")
     made.folder = tmp_path / "elsewhere"
-    monkeypatch.setattr("bridgexfer.synthetic_sets.sample", slow)
+    monkeypatch.setattr("bridgexfer.synthetic_sets.sample_later", slow)
     assert make_shards(spec, tmp_path / "sets", range(3), pipe=pipe, progress=False) == [0, 2]
     assert contents(tmp_path / "sets") == whole
 
 
 def test_nothing_is_made_twice(made, spec, monkeypatch):
-    monkeypatch.setattr("bridgexfer.synthetic_sets.sample", lambda *a: pytest.fail("sampled again"))
+    monkeypatch.setattr("bridgexfer.synthetic_sets.sample_later", lambda *a: pytest.fail("sampled again"))
     assert generate(spec, made.folder.parent, 5, progress=False).per_class == 6
 
 
@@ -427,13 +428,13 @@ def test_same_images_as_img2img(model, guided, scheduler):
 def test_init_images_are_of_the_class_and_of_the_run(pipe, spec, train, monkeypatch, tmp_path):
     two = few_shot(train, 2, seed=0)
     spec = replace(spec, steps=1, init_images=two.digest, strength=0, shard=4)
-    seen, original = [], sample
+    seen, original = [], sample_later
 
     def spy(pipe, prompts, seeds, spec, cache, init_images):
         seen.extend(zip(prompts, init_images, strict=True))
         return original(pipe, prompts, seeds, spec, cache, init_images)
 
-    monkeypatch.setattr("bridgexfer.synthetic_sets.sample", spy)
+    monkeypatch.setattr("bridgexfer.synthetic_sets.sample_later", spy)
     made = generate(spec, tmp_path, 8, pipe=pipe, progress=False, init_images=two)
     rows = [r for k in made.new for r in shard_rows(spec, k)]
     assert len(rows) == 80 and [prompt for prompt, _ in seen] == [r.prompt for r in rows]

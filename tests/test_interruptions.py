@@ -45,8 +45,8 @@ def stops_after(batches, monkeypatch):
         if len(asked) == batches: raise KeyboardInterrupt
         asked.append(prompts)
         return original(pipe, prompts, *rest)
-    original = synthetic_sets.sample
-    monkeypatch.setattr(synthetic_sets, "sample", sample)
+    original = synthetic_sets.sample_later
+    monkeypatch.setattr(synthetic_sets, "sample_later", sample)
     monkeypatch.setattr(synthetic_sets, "SAVE_EVERY", 0)
     return asked
 

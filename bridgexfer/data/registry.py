@@ -72,6 +72,8 @@ def _load_archive(name: str, # one of the ten
     listing = list_archive(name, root)
     def split(which, listed):
         path = root/"decoded"/f"{name}-{which}-{size}-{stable_hash(READING, *listed) % 16**8:08x}"
+        kept = set(path.parent.glob(f"{name}-{which}-{size}-*")) # of an earlier list, or read in another way
+        for old in kept - set(path.parent.glob(f"{path.name}.*")): old.unlink(missing_ok=True)
         pixels = _kept([root/path for path, _ in listed], size, path)
         return as_images(pixels, [label for _, label in listed], listing.names)
     return split("train", listing.train), split("test", listing.test)

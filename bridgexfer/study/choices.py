@@ -316,7 +316,7 @@ NO_RESULT = { # pattern -> why no result depends on it
 # %% ../../nbs/study/10_choices.ipynb #cf8dda15
 NO_RESULT |= {
     "artefacts:*": "provenance and paths", "backbones:SHIPPED": "a path", "models:*": "names, licences and files",
-    "hub:*": "messages",
+    "hub:*": "messages", "rates:*": "hours of a plan", "study.device:*": "what is measured",
     "backbones:TORCHVISION": "a reason for weights", "backbones:AUGREG": "a reason for weights",
     "images:*": "which files are read", "datasets:SPLIT*": "names of folders",
     "datasets:LITTER": "files that are no images of a dataset", "datasets:FOLLOW": "a file's name",

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['BEYOND', 'SWEEPS', 'LEARNED', 'FROM_REAL', 'FILTERED_FROM', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES',
            'LISTED', 'MESSAGES', 'PAGES', 'Profile', 'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'SetKeys',
-           'Sets', 'subset', 'strength', 'recipe_of', 'kinds_of', 'rates_of', 'Specs', 'Learned', 'SetSpecs',
-           'web_images', 'Drawn', 'Runs', 'Trainings', 'Cells', 'Tuned', 'Choices', 'RunSpecs', 'Tuning', 'is_resource',
-           'decides', 'Job', 'contents', 'patterns', 'set_jobs', 'set_manifests', 'sweep_jobs', 'beyond_jobs',
-           'other_jobs', 'Page', 'page_of', 'Results', 'Study', 'near', 'command', 'job_command', 'page_command',
-           'resources', 'state', 'job_state', 'page_state', 'gather']
+           'Sets', 'AllSets', 'subset', 'strength', 'recipe_of', 'kinds_of', 'searched_rates', 'Specs', 'Learned',
+           'SetSpecs', 'web_images', 'Drawn', 'Runs', 'Trainings', 'Cells', 'Tuned', 'Choices', 'RunSpecs',
+           'search_weight', 'Tuning', 'Searches', 'is_resource', 'decides', 'Job', 'in_parts', 'contents', 'patterns',
+           'rates_of', 'shards_of', 'set_parts', 'set_jobs', 'set_manifests', 'sweep_jobs', 'searched_manifests',
+           'beyond_jobs', 'other_jobs', 'Page', 'page_of', 'Results', 'Study', 'near', 'command', 'job_command',
+           'page_command', 'resources', 'state', 'job_state', 'page_state', 'gather', 'gather_choices', 'gather_sets',
+           'gather_parts']
 
-# %% ../../nbs/study/02_grid.ipynb #b964d2a0
+# %% ../../nbs/study/02_grid.ipynb #dd4520b4
 import json
 import os
 import re
@@ -22,24 +24,25 @@ from functools import cache, cached_property
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
-from ..artefacts import PACKAGE, code_hash, digest, read_json, spec_hash, stable_hash
+from ..artefacts import PACKAGE, code_hash, digest, read_json, spec_hash, stable_hash, write_json
 from ..backbones import is_vit
-from ..data.registry import dataset_info, load_dataset
+from ..data.registry import dataset_info, load_dataset, train_size
 from ..datasets import Dataset, DatasetInfo, few_shot, hold_out, with_recipe
 from ..finetune import FinetuneSpec
 from ..generation import BETWEEN, BETWEEN_STRENGTH, STRENGTHS, SynthesisSpec, synthesis_spec, with_lora
-from ..images import Images, as_images
+from ..images import SMALL, Images, as_images
 from ..lora import LoraSpec, lora_spec
 from ..miniature.typeset import WEB, corpus
 from ..mixing import Mixing
-from ..models import find_model
+from ..models import SHIPPED, find_model
 from ..prompts import STYLE_TEMPLATE
+from ..rates import H100, TWO_CORES, Rates, fed_by, hours_for, measured
 from ..recipes import RECIPE, spec_kinds
 from ..style_inversion import InversionSpec, inversion_spec, token_words
 from .records import SYNTHESES, job_name, job_path, read_choice, read_jobs, write_job
 from .settings import Settings, load_settings, read_ini
 from ..search import Axis
-from ..synthetic_sets import SyntheticSet
+from ..synthetic_sets import SyntheticSet, write_card
 from ..user_prompts import user_prompts
 from ..transfer import CONTROLS, PIPELINES, WAYS, Run, TransferSpec, pipeline, transfer_spec
 if TYPE_CHECKING: import pandas as pd
@@ -200,14 +203,16 @@ def _shared_by(run: Run) -> tuple[int | float | str | Run, ...]:
     return (run.seed, run.per_class, run.synthesis, run.guidance) if run.uses else (run,)
 
 # %% ../../nbs/study/02_grid.ipynb #e9096ca0
-def cut(runs: list[Run], # of a sweep
+def cut(runs: list, # of a sweep; or what else is shared out
         n: int, # into how many parts
-       ) -> list[list[Run]]: # n lists in the order of `runs`; the last are empty where there is less to share out
+        shared_by: Callable = _shared_by, # one of `runs` -> what those that stay together have in common
+        weight: Callable = len, # some of `runs` -> how much work they are
+       ) -> list[list]: # n lists in the order of `runs`; the last are empty where there is less to share out
     "The runs of a sweep in parts of about the same size, so that no bridge is made twice."
     pieces = {}
-    for r in runs: pieces.setdefault(_shared_by(r), []).append(r)
+    for r in runs: pieces.setdefault(shared_by(r), []).append(r)
     parts = [[] for _ in range(n)]
-    for piece in sorted(pieces.values(), key=len, reverse=True): min(parts, key=len).extend(piece)
+    for piece in sorted(pieces.values(), key=weight, reverse=True): min(parts, key=weight).extend(piece)
     return [sorted(part, key=runs.index) for part in parts]
 
 # %% ../../nbs/study/02_grid.ipynb #c380c93d
@@ -260,7 +265,7 @@ class SetKeys(Grid):
         if run.guidance != self.settings.guidance: return "guidance", vocabulary
         return ("volume" if self.drawn(run) > self.settings.images else "single"), vocabulary
 
-# %% ../../nbs/study/02_grid.ipynb #74a1c3a2
+# %% ../../nbs/study/02_grid.ipynb #4f462097
 class Sets(SetKeys):
     "The synthetic sets of a profile's runs, in groups."
     def group(self, run: Run, dataset: str) -> tuple[str, str] | None: # group; the vocabulary or dataset it belongs to
@@ -275,6 +280,21 @@ class Sets(SetKeys):
         found = {self.group(r, dataset) for r in self.runs(sweep, dataset)}
         return sorted(found - {None})
 
+# %% ../../nbs/study/02_grid.ipynb #300eacea
+class AllSets(Sets):
+    "What the groups of a profile consist of."
+    def dataset_of(self, group: str, key: str) -> str: # key: a vocabulary or a dataset, as in `group`
+        "A dataset that has the class names of a group."
+        if group.removeprefix("beyond_") in FROM_REAL: return key
+        return next(d for d in self.datasets if dataset_info(d).vocabulary == key)
+
+    @cached_property
+    def searched_sets(self) -> dict[SetKey, int]: # set -> images of each class
+        "What the search for hyper-parameters trains on, for each vocabulary."
+        s = self.settings
+        seeds = dict.fromkeys(set_seed(s, seed) for seed in (*s.tuning_seeds, *s.few_tuning_seeds))
+        return {SetKey("single", s.guidance, 0, seed): s.images for seed in seeds} if s.lr == "tuned" else {}
+
     @cached_property
     def all_sets(self) -> dict[tuple[str, str], dict[SetKey, int]]: # group -> set -> images of each class
         "Every set of a profile, as large as the largest that any run takes from it."
@@ -287,6 +307,16 @@ class Sets(SetKeys):
                 if SWEEPS[sweep].target == "beyond" and made < self.drawn(r): group = f"beyond_{group}"
                 sets = found.setdefault((group, of), {})
                 sets[key] = max(sets.get(key, 0), self.drawn(r))
+        return found
+
+    @cached_property
+    def every_set(self) -> dict[tuple[str, str], dict[SetKey, int]]: # as `all_sets`
+        "The same, and the sets that only the search trains on."
+        found = dict(self.all_sets)
+        for vocabulary in {dataset_info(d).vocabulary: d for d in self.datasets}:
+            single = found.get(("single", vocabulary), {})
+            sets = {k: n for k, n in self.searched_sets.items() if k not in single}
+            if sets: found["tuning", vocabulary] = sets
         return found
 
 # %% ../../nbs/study/02_grid.ipynb #b45c1d23
@@ -315,12 +345,12 @@ def kinds_of(s: Settings) -> tuple[Callable[..., FinetuneSpec], Callable[..., Fi
     return kinds
 
 # %% ../../nbs/study/02_grid.ipynb #5e4e6802
-def rates_of(s: Settings, key: str) -> tuple[float, ...]: # key: "lrs" or "stage1_lrs"
+def searched_rates(s: Settings, key: str) -> tuple[float, ...]: # key: "lrs" or "stage1_lrs"
     "The learning rates that are searched."
     return s.adamw_lrs if s.optimiser == "adamw" else s.values[key]
 
-# %% ../../nbs/study/02_grid.ipynb #76e24a3e
-class Specs(Sets):
+# %% ../../nbs/study/02_grid.ipynb #5b9f6a19
+class Specs(AllSets):
     "The specs of a profile's runs and sets."
     @property
     def model(self) -> str: # "miniature", a folder or "id@revision"; a folder has no revision
@@ -467,7 +497,7 @@ class Trainings(Runs):
         "What is searched for a pipeline, the learning rate first."
         s = self.settings
         p = pipeline(name)
-        lrs, stage1_lrs = (rates_of(s, key) for key in ("lrs", "stage1_lrs"))
+        lrs, stage1_lrs = (searched_rates(s, key) for key in ("lrs", "stage1_lrs"))
         axes = {"lr": Axis(lrs, widens=len(lrs) > 1)}
         if p.bridged: axes |= {"stage1_lr": Axis(stage1_lrs, widens=len(stage1_lrs) > 1),
                                "stage1_epochs": Axis(s.stage1_epochs)}
@@ -599,6 +629,32 @@ class RunSpecs(Choices):
         how = dict(mixup=self.settings.mixup, mixing=mixing, repeats=repeats, split=split)
         return transfer_spec(run, data, arch, stages, synthetic, **how)
 
+# %% ../../nbs/study/02_grid.ipynb #d1232221
+def _searched_together(cell: tuple[str, int], # pipeline and shots
+                       axes: dict[str, Axis], # of its pipeline
+                      ) -> tuple:
+    "What searches that must stay together have in common: a bridge, or what few shots inherit from each other."
+    name, shots = cell
+    p = pipeline(name)
+    if p.bridged: return p.mixup, p.shuffled
+    inherits = any(len(a.values) > 1 for axis, a in axes.items() if axis != "lr")
+    return (name, bool(shots)) if inherits else cell
+
+# %% ../../nbs/study/02_grid.ipynb #b2795677
+def search_weight(study: RunSpecs,
+                  cells: list[tuple[str, int]], # pipelines and shots
+                  classes: int, # of the dataset
+                  train: int, # its training images
+                 ) -> int: # images
+    "What one trial of each of some searches passes over, and their bridges once, by which searches are shared out."
+    s = study.settings
+    def last(name, shots): # the stage that sees real images
+        epochs = study.start(name, shots).get("epochs", s.few_epochs if shots else s.epochs)
+        return int(epochs * ((shots * classes or train) + s.images * classes * pipeline(name).mixed))
+    bridges = {_searched_together(cell, {}): study.start(*cell) for cell in cells if pipeline(cell[0]).bridged}
+    first = sum(start["stage1_epochs"] * s.images * classes for start in bridges.values())
+    return int(first) + sum(last(*cell) for cell in cells)
+
 # %% ../../nbs/study/02_grid.ipynb #4d1a25b3
 class Tuning(RunSpecs):
     "The search for hyper-parameters."
@@ -622,9 +678,24 @@ class Tuning(RunSpecs):
             raise ValueError(f"Seed {min(used)} is one of the study's: choose other tuning_seeds in settings.ini.")
         return seeds
 
-# %% ../../nbs/study/02_grid.ipynb #a72f6873
+# %% ../../nbs/study/02_grid.ipynb #f271d758
+class Searches(Tuning):
+    "The search, shared out over jobs."
+    def search_parts(self, dataset: str, arch: str,
+                     n: int | None = None, # jobs; None: as many as a sweep has
+                    ) -> dict[str, list[tuple[str, int]]]: # such as "1of3" -> pipelines and shots; one job is ""
+        "The searches of a dataset with a backbone, in jobs of about the same length."
+        cells = self.tuned_cells(dataset, arch)
+        n = n or self.settings.jobs_per_sweep
+        if n == 1: return {"": cells}
+        size = len(dataset_info(dataset).names), train_size(dataset)
+        def together(cell): return _searched_together(cell, self.axes(*cell))
+        parts = cut(cells, n, together, lambda some: search_weight(self, some, *size))
+        return {f"{i}of{n}": part for i, part in enumerate(parts, 1) if part}
+
+# %% ../../nbs/study/02_grid.ipynb #8fcb66f1
 PATHS = ("profile", "runs", "figures", "data")
-RESOURCES = ("gpu", "cores", "memory", "hours", "jobs_per_sweep", "offload") # and `generate_hours` and the like
+RESOURCES = ("gpu", "cores", "memory", "hours", "jobs_per_sweep", "offload") # and `generate_hours`, `part_hours`
 LISTED = ("datasets", "archs", "more_archs", "pipelines", "arch_pipelines", "seeds", "few_seeds", "sweep_seeds",
           "shots", "few_shots", "style_shots", "class_shots", "clip_shots", "images", "sweep_images", "more_images",
           "mixed_images", "volumes", "guidances", "beyond_shots", "beyond_images", "beyond_seeds")
@@ -658,7 +729,14 @@ class Job:
     def title(self) -> str: # of its log and its executed notebook
         return self.key.replace("/", "-", 1)
 
-# %% ../../nbs/study/02_grid.ipynb #0e252fd8
+# %% ../../nbs/study/02_grid.ipynb #1b1a53bf
+def in_parts(whole: Job,
+             parts: Iterable[str], # such as "1of3"; "": the job itself
+            ) -> list[Job]:
+    "A job, or the parts that it is cut into."
+    def named(part): return replace(whole, part=part, parameters=whole.parameters | dict(part=part))
+    return [named(part) if part else whole for part in parts]
+
 def contents(dataset: str, # a name of the registry, or a folder of the user's
             ) -> int: # 0 for the registry's
     "A number that changes when a file of a folder does."
@@ -674,11 +752,39 @@ def patterns(keys: Iterable[str], # of jobs or manifests: folder/name
     pairs = [key.split("/") for key in keys]
     return dict(folder=any_of(folder for folder, _ in pairs), name=any_of(name for _, name in pairs))
 
+# %% ../../nbs/study/02_grid.ipynb #3c38150d
+def rates_of(study: Profile) -> Rates:
+    "The rates of the device that a profile is for: measured ones where there are, as its cores can keep up with."
+    s = study.settings
+    if s.model == SHIPPED: return TWO_CORES
+    rates = measured(study.root/"figures"/"device.csv", H100)
+    return fed_by(rates, s.cores) if s.stored_size > SMALL else rates
+
 # %% ../../nbs/study/02_grid.ipynb #0baeec76
+def shards_of(study: Tuning, group: str, key: str) -> list[tuple[SetKey, int]]: # a set, the number of a shard
+    "What the job of a group of sets makes, or its parts: the shards that no job before it has made."
+    before = study.all_sets.get(("single", key), {}) if group == "volume" else {}
+    size = SynthesisSpec.shard # images of each class
+    def numbers(w, n): return range(ceil(before.get(w, 0) / size), ceil(n / size))
+    return [(w, k) for w, n in study.every_set[group, key].items() for k in numbers(w, n)]
+
+# %% ../../nbs/study/02_grid.ipynb #06d3dcce
+def set_parts(study: Tuning, group: str, key: str) -> list[str]: # such as "1of9"; [""]: one job makes all
+    "The jobs that a group of sets is cut into, at the rate of the device that the profile is for."
+    s = study.settings
+    shards = shards_of(study, group, key)
+    classes = len(dataset_info(study.dataset_of(group, key)).names)
+    images = len(shards) * SynthesisSpec.shard * classes
+    took = hours_for(rates_of(study), "generate", s.model, images)
+    n = min(len(shards), ceil(took / s.part_hours)) if s.part_hours else 1
+    return [f"{i}of{n}" for i in range(1, n + 1)] if n > 1 else [""]
+
+# %% ../../nbs/study/02_grid.ipynb #9ae79c33
 def set_jobs(study: Tuning) -> list[Job]:
     "Learned tokens, and the images of each group of sets."
     jobs = []
-    for (group, key), sets in study.all_sets.items():
+    groups = study.every_set if study.settings.part_hours else study.all_sets
+    for (group, key), sets in groups.items():
         name = f"{group}-{job_name(key)}"
         about = (repr(sets), contents(key))
         inputs = ()
@@ -687,8 +793,9 @@ def set_jobs(study: Tuning) -> list[Job]:
             jobs.append(Job("invert", "invert", name, f"Learning the {group} of {key}", parameters, (), about))
             inputs = (f"invert/{name}",)
         if group == "volume" and ("single", key) in study.all_sets: inputs = (f"generate/single-{job_name(key)}",)
-        message = f"Generating images: {group}, for {key}"
-        jobs.append(Job("generate", "generate", name, message, dict(group=group, key=key), inputs, about))
+        whole = Job("generate", "generate", name, f"Generating images: {group}, for {key}", dict(group=group, key=key),
+                    inputs, about)
+        jobs += in_parts(whole, set_parts(study, group, key))
     return jobs
 
 # %% ../../nbs/study/02_grid.ipynb #15ef6011
@@ -696,7 +803,7 @@ def set_manifests(study: Tuning, sweep: str, dataset: str) -> tuple[str, ...]:
     "What the jobs leave that generate the images of a sweep's runs."
     return tuple(f"generate/{group}-{job_name(key)}" for group, key in study.groups(sweep, dataset))
 
-# %% ../../nbs/study/02_grid.ipynb #a3971908
+# %% ../../nbs/study/02_grid.ipynb #c05d46ce
 MESSAGES = {"transfer": "Fine-tuning {arch} on {dataset}: {sweep}", "clip": "Tuning CLIP on {dataset}",
             "fixed": "Training heads on fixed features of {dataset} on {arch}"}
 
@@ -714,8 +821,15 @@ def sweep_jobs(study: Tuning, sweep: str, dataset: str, arch: str) -> list[Job]:
     if rule == "clip": del parameters["arch"]
     whole = Job(rule, sweep, name, message, parameters, inputs, (repr(runs), contents(dataset)))
     if rule != "transfer" or study.settings.jobs_per_sweep == 1: return [whole]
-    parts = study.parts(runs)
-    return [replace(whole, part=part, parameters=parameters | dict(part=part)) for part in parts]
+    return in_parts(whole, study.parts(runs))
+
+# %% ../../nbs/study/02_grid.ipynb #d7fabd79
+def searched_manifests(study: Tuning, dataset: str) -> tuple[str, ...]:
+    "What jobs leave that generate the images of a search, where it does not make them itself."
+    if not study.settings.part_hours: return ()
+    vocabulary = dataset_info(dataset).vocabulary
+    found = [g for g in ("single", "tuning") if {*study.searched_sets} & {*study.every_set.get((g, vocabulary), ())}]
+    return tuple(f"generate/{group}-{job_name(vocabulary)}" for group in found)
 
 # %% ../../nbs/study/02_grid.ipynb #1d29cc36
 def beyond_jobs(study: Tuning) -> list[Job]:
@@ -733,8 +847,8 @@ def beyond_jobs(study: Tuning) -> list[Job]:
         jobs.append(Job("tune", "beyond_tune", job_path("", "", d, arch).stem, message, parameters, (), about))
     return jobs
 
-# %% ../../nbs/study/02_grid.ipynb #8fa4db2c
-def other_jobs(study: Tuning) -> list[Job]:
+# %% ../../nbs/study/02_grid.ipynb #ed1b4724
+def other_jobs(study: Searches) -> list[Job]:
     "Alignment of images, transferability of backbones, and the search for hyper-parameters."
     jobs, s = [], study.settings
     for d in study.datasets_of("style"):
@@ -751,7 +865,9 @@ def other_jobs(study: Tuning) -> list[Job]:
     for arch, d in [(arch, d) for arch in study.all_archs for d in study.datasets]:
         about = (study.tuned_cells(d, arch), s.images, s.seeds[0], contents(d))
         message = f"Choosing hyper-parameters for {arch} on {d}"
-        jobs.append(Job("tune", "tune", job_path("", "", d, arch).stem, message, dict(dataset=d, arch=arch), (), about))
+        name = job_path("", "", d, arch).stem
+        whole = Job("tune", "tune", name, message, dict(dataset=d, arch=arch), searched_manifests(study, d), about)
+        jobs += in_parts(whole, study.search_parts(d, arch))
     return jobs
 
 # %% ../../nbs/study/02_grid.ipynb #48498b5e
@@ -812,8 +928,8 @@ def _made_by(folder: str) -> str: # of manifests
     made = {"core": "make study", "transferability": "make study", "tune": "make tune", "set_metrics": "make beyond"}
     return made.get(folder, "make beyond" if folder.startswith("beyond_") else "make paper")
 
-# %% ../../nbs/study/02_grid.ipynb #e9a788e1
-class Results(Tuning):
+# %% ../../nbs/study/02_grid.ipynb #a8ba64e6
+class Results(Searches):
     "The records that the jobs left."
     def _read_for(self, folder: str) -> tuple[tuple[str, ...], tuple[str, ...]]: # datasets, backbones
         "What a folder of manifests is about."
@@ -907,11 +1023,12 @@ def page_command(study: Study, page: Page) -> str:
     return command(study, f"nbs/paper/{page.name}.ipynb", page.name, {}, apart | study.overrides)
 
 # %% ../../nbs/study/02_grid.ipynb #119f4821
-def resources(study: Study, rule: str, sweep: str = "") -> dict[str, int]: # GPUs, MB, minutes
+def resources(study: Study, rule: str, sweep: str = "") -> dict[str, int]: # GPUs, cores, MB, minutes
     "Resources requested per job: `volume_hours` overrides `transfer_hours`, and that overrides `hours`."
     values = study.settings.values
     def setting(what): return next(values[k] for k in (f"{sweep}_{what}", f"{rule}_{what}", what) if k in values)
-    return dict(gpu=int(setting("gpu")), mem_mb=int(1000 * setting("memory")), runtime=int(60 * setting("hours")))
+    plain = {what: int(setting(what)) for what in ("gpu", "cores")}
+    return plain | dict(mem_mb=int(1000 * setting("memory")), runtime=int(60 * setting("hours")))
 
 # %% ../../nbs/study/02_grid.ipynb #0d7b9682
 @cache
@@ -960,3 +1077,32 @@ def gather(study: Study, sweep: str, dataset: str, arch: str) -> Path: # of the 
         have = [run for run in some if not any(asdict(run).items() <= gap.items() for gap in manifest["gaps"])]
         found |= dict(zip(have, manifest["records"], strict=True))
     return write_job(path, [study.runs_dir/found[run] for run in runs if run in found], gaps)
+
+# %% ../../nbs/study/02_grid.ipynb #59310f93
+def gather_choices(study: Study, job: Job, manifests: list[dict]) -> Path: # of the manifest
+    "Join what the parts of a search chose, in the order of one job."
+    order = study.tuned_cells(job.parameters["dataset"], job.parameters["arch"])
+    choices = [choice for m in manifests for choice in m["choices"]]
+    choices.sort(key=lambda c: order.index((c["pipeline"], c["shots"])))
+    records = dict.fromkeys(study.runs_dir/record for m in manifests for record in m["records"])
+    return write_job(study.runs_dir/f"{job.manifest}.json", records, choices=choices)
+
+# %% ../../nbs/study/02_grid.ipynb #e579b819
+def gather_sets(study: Study, job: Job, manifests: list[dict]) -> Path: # of the manifest
+    "Join the parts of a group of sets; one that is not whole is a ValueError."
+    entries = {entry["hash"]: entry for m in manifests for entry in m["sets"]}
+    for entry in entries.values():
+        made = SyntheticSet(study.runs_dir/entry["folder"])
+        if made.per_class < entry["per_class"]:
+            raise ValueError(f"{made.folder} has {made.per_class} images of each class and not {entry['per_class']}: a "
+                             f"part of {job.manifest} has lost its shards; delete {job.manifest}.*.json and go on.")
+        write_card(made, dataset_info(study.dataset_of(job.parameters["group"], job.parameters["key"])).remark)
+    return write_json(study.runs_dir/f"{job.manifest}.json", {"sets": [*entries.values()]})
+
+# %% ../../nbs/study/02_grid.ipynb #060dcfac
+def gather_parts(study: Study, job: Job) -> Path: # job: one of the parts; of the manifest that they share
+    "Join the manifests of a job's parts."
+    if job.rule == "transfer": return gather(study, *(job.parameters[k] for k in ("sweep", "dataset", "arch")))
+    parts = [j for j in study.jobs() if j.part and j.manifest == job.manifest]
+    manifests = [read_json(study.runs_dir/f"{part.key}.json") for part in parts]
+    return {"tune": gather_choices, "generate": gather_sets}[job.rule](study, job, manifests)

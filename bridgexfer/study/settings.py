@@ -40,7 +40,7 @@ def find_settings(start: str | Path = ".") -> Path: # path of a settings.ini
     found = (folder/"settings.ini" for folder in clones)
     return next((path for path in found if path.is_file()), SHIPPED_INI)
 
-# %% ../../nbs/study/00_settings.ipynb #0b952217
+# %% ../../nbs/study/00_settings.ipynb #17ed4101
 SOURCES = ("paper", "assumed", "tuned")
 LISTS = ("datasets", "archs", "pipelines", "shots", "seeds", "lrs", "few_shots", "volumes", "volume_datasets",
          "guidances", "guidance_datasets", "style_datasets", "style_shots", "class_datasets", "class_shots",
@@ -59,8 +59,8 @@ DECIMALS = ("guidance", "guidances", "momentum", "weight_decay", "vit_weight_dec
             "memory", "hours") # and `*_memory`, `*_hours`
 FROM_ZERO = ("seeds", "few_seeds", "sweep_seeds", "beyond_seeds", "tuning_seeds", "few_tuning_seeds", "gpu",
              "momentum", "weight_decay", "vit_weight_decay", "mixup", "mix_weights", "keeps", "guidance", "guidances",
-             "rotation", "grey", "fill", "adamw_weight_decay", "warmup", "ema", "smoothing",
-             "randaugment") # and `*_gpu`; all other numbers are more than zero
+             "rotation", "grey", "fill", "adamw_weight_decay", "warmup", "ema", "smoothing", "randaugment",
+             "part_hours") # and `*_gpu`; all other numbers are more than zero
 MAY_BE_EMPTY = ("few_seeds", "sweep_seeds", "beyond_seeds", "more_archs", "named_styles") # and `*_datasets`
 WORDS = {"lr": ("tuned",), "shots": ("full",), "style_shots": ("full",), "class_shots": ("full",),
          "beyond_shots": ("full",),
