@@ -7,11 +7,11 @@ __all__ = ['COLUMNS', 'ROWS', 'ANOTHER', 'SAVE_EVERY', 'COMPILE_FROM', 'MEMORY',
            'shard_rows', 'shard_columns', 'shard_path', 'shard_schema', 'shard_table', 'write_shard', 'read_shard',
            'image_files', 'find_damage', 'check_init_images', 'start_class', 'init_images_of', 'add_token',
            'begun_path', 'begun_schema', 'save_begun', 'read_begun', 'embedded', 'check_lora', 'drawn_by',
-           'sample_rows', 'make_shard', 'all_prompts', 'open_for', 'build_shard', 'pays_to_compile', 'make_shards',
-           'read_spec', 'bind', 'missing_shards', 'damaged_shards', 'whole_shards', 'first_tables', 'decode_shard',
-           'decoded_path', 'mapped_shards', 'buffers', 'find_places', 'files_in_place', 'first_files', 'first_images',
-           'soft_labelled', 'SyntheticSet', 'available', 'caveats', 'facts', 'card', 'write_card', 'generate', 'slug',
-           'export_folders']
+           'sample_rows', 'Every', 'make_shard', 'all_prompts', 'open_for', 'build_shard', 'pays_to_compile',
+           'make_shards', 'read_spec', 'bind', 'missing_shards', 'damaged_shards', 'whole_shards', 'first_tables',
+           'decode_shard', 'decoded_path', 'mapped_shards', 'buffers', 'find_places', 'files_in_place', 'first_files',
+           'first_images', 'soft_labelled', 'SyntheticSet', 'available', 'caveats', 'facts', 'card', 'write_card',
+           'generate', 'slug', 'export_folders']
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #59f8c1b4
 import hashlib, io, json, mmap, re, time, unicodedata
@@ -308,6 +308,19 @@ def _encode(batch: Future, # of images, which is done
            ) -> bytes: # an image file
     return image_file(batch.result()[n], spec)
 
+# %% ../nbs/library/08_synthetic_sets.ipynb #e7e9c1d2
+class Every:
+    "Tells when some time has passed since it last did."
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.last = time.monotonic()
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now - self.last < self.seconds: return False
+        self.last = now
+        return True
+
 # %% ../nbs/library/08_synthetic_sets.ipynb #97a3dbc2
 def make_shard(spec: SynthesisSpec, # the set
                number: int, # of the shard
@@ -324,7 +337,7 @@ def make_shard(spec: SynthesisSpec, # the set
     there = {*order[:len(begun)]}
     files = {}
     before = None # the batch that was begun last
-    saved = time.monotonic()
+    due = Every(SAVE_EVERY)
     fits = AtOnce(spec.batch)
     bar.update(len(begun))
     with ThreadPoolExecutor(1) as pool:
@@ -334,9 +347,7 @@ def make_shard(spec: SynthesisSpec, # the set
             with adapted(pipe, lora, split_weights(spec).scale):
                 cache = embedded(pipe, [rows[i] for i in done], spec) # a LoRA may change the text encoder
                 for at in range(len(done), len(places), spec.batch):
-                    if files and time.monotonic() - saved >= SAVE_EVERY:
-                        save(made())
-                        saved = time.monotonic()
+                    if files and due(): save(made())
                     some = places[at:at + spec.batch]
                     batch = pool.submit(sample_rows(spec, [rows[i] for i in some], pipe, cache, init_images, fits))
                     files |= {i: pool.submit(_encode, batch, n, spec) for n, i in enumerate(some)}
