@@ -201,7 +201,7 @@ def costs(work: list[Work],
     return pd.DataFrame(rows)
 
 # %% ../../nbs/study/05_costs.ipynb #bbcdb00c
-FORM = "{:14} {:9} {:>5} {:22} {:>21} {:>10} {:>13} {:>8}" # a line of the plan
+FORM = "{:17} {:9} {:>5} {:22} {:>21} {:>10} {:>13} {:>8}" # a line of the plan
 
 def plan_line(row: dict[str, object], # of `costs`
              ) -> str:
