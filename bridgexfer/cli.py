@@ -418,7 +418,8 @@ def _page(outcome, study, folder: Path, images: bool, style: bool, given, device
     from bridgexfer.report import own_report
     name, synthetic = own_images(study, outcome.data, own_runs(study, style)[1], device, given)
     of_set = given.folder if given else study.runs_dir/"synthetic"/name
-    return own_report(outcome, study.runs_dir, folder, synthetic, of_set, images, device)
+    plain = not style and given is None
+    return own_report(outcome, study.runs_dir, folder, synthetic, of_set, images, device, plain)
 
 # %% ../nbs/apps/04_cli.ipynb #4608adbb
 def _fixed(dataset: str, profile: str | None, words: list[str] | None, **options) -> frozenset[str]:

@@ -347,13 +347,16 @@ MEASURES = { # metric -> what it is a share of
     "copies": "synthetic images that are nearly a training image"}
 
 # %% ../nbs/apps/02_report.ipynb #034ae23a
-def coverage_words(covered: Comparison | None) -> dict[str, Any]:
+def coverage_words(covered: Comparison | None,
+                   plain: bool = True, # the images were generated without a learned style
+                  ) -> dict[str, Any]:
     "What the page says of a comparison."
     if covered is None: return dict(coverage=[], coverage_text="")
     rows = [dict(what=what, **{k: f"{100 * covered.values.loc[name, k]:.0f} %" for k in ("synthetic", "real")})
             for name, what in MEASURES.items()]
     few = covered.values.loc["coverage", "synthetic"] < covered.values.loc["coverage", "real"] / 2
-    advice = " The synthetic images miss much of what yours look like: --style learns their look." if few else ""
+    advice = " The synthetic images miss much of what yours look like" if few else ""
+    if few: advice += ": --style learns their look." if plain else "."
     return dict(coverage=rows, coverage_text=f"{covered.real:,} real training images and {covered.synthetic:,} "
                 f"synthetic ones, in the features of {covered.features}.{advice}")
 
@@ -460,6 +463,7 @@ def report_html(outcome: Outcome,
                 folder: str = "better", # of the classifier, as a command names it
                 images: bool = True, # show the user's images
                 covered: Comparison | None = None, # from `coverage_of`
+                plain: bool = True, # the synthetic images were generated without a learned style
                ) -> str: # a whole page
     "The outcome of a comparison as one self-contained HTML page."
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -476,7 +480,8 @@ def report_html(outcome: Outcome,
                 interval=interval_picture(outcome), confusion=confusion_pictures(outcome))
     environment = Environment(loader=FileSystemLoader(PACKAGE), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True)
-    page |= words_of(outcome, changes, images) | tables_of(outcome, changes, cost, folder) | coverage_words(covered)
+    page |= words_of(outcome, changes, images) | tables_of(outcome, changes, cost, folder)
+    page |= coverage_words(covered, plain)
     return environment.get_template(TEMPLATE).render(page)
 
 # %% ../nbs/apps/02_report.ipynb #d5a0afd3
@@ -487,8 +492,10 @@ def own_report(outcome: Outcome,
                set_folder: Path | None = None, # of these images
                images: bool = True, # show the user's images
                device: str = "cpu",
+               plain: bool = True, # the synthetic images were generated without a learned style
               ) -> str: # a whole page
     "The report of an outcome whose runs are on disk."
     course = course_of(outcome.runs, runs/"bridges")
     covered = coverage_of(outcome.data.train, synthetic, outcome.arch, device)
-    return report_html(outcome, synthetic, course, cost_of(outcome, runs, set_folder), str(folder), images, covered)
+    cost = cost_of(outcome, runs, set_folder)
+    return report_html(outcome, synthetic, course, cost, str(folder), images, covered, plain)

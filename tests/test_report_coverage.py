@@ -48,6 +48,8 @@ def test_the_page_says_it(share, advised):
     text = re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", page))
     assert f"have a synthetic one near them {100 * share:.0f} % 80 %" in text and "1,200 real training images" in text
     assert ("--style" in coverage_words(covered)["coverage_text"]) == advised
+    styled = coverage_words(covered, plain=False)["coverage_text"] # is not told to do what was done
+    assert "--style" not in styled and ("miss much" in styled) == advised
     tags = Tags(page)
     assert len(tags.of("caption")) == len(tags.of("table")) and {"href": "#coverage"} in tags.of("a")
     assert coverage_words(None)["coverage"] == [] and set(report.MEASURES) <= set(rows)
