@@ -36,20 +36,13 @@ def reads(pages): return [f for p in pages for f in manifests(study.manifests(*p
 def leaves(pages): return [f"{FIGURES}/{f}" for p in pages for f in p.leaves]
 def whole(pages): return [*leaves(pages), *reads(pages)]
 localrules: study, paper, beyond, jobs, learning_rates, gather
-rule study: # Tables 1 and 2, Figures 2, 3 and 10; the figures alone come with a clone
-    input: whole(study.pages_of("study"))
-
-rule paper: # every table and figure whose subject the profile has
-    input: whole(study.pages_of("paper"))
-
-rule beyond: # what the paper does not compare: ways of making synthetic images, ways of using them
-    input: whole(study.pages_of("beyond"))
+for target in ("study", "paper", "beyond", "learning_rates"): # see `make help`; the figures alone come with a clone
+    rule:
+        name: target
+        input: whole(study.pages_of(target))
 
 rule jobs: # everything that `paper` reads, and no table
     input: sorted({*reads(study.pages_of("paper"))})
-
-rule learning_rates: # Table 5, which fine-tuning reads
-    input: whole(study.pages_of("learning_rates"))
 
 rule gather: # the parts of a job
     input: lambda w: manifests(job.key for job in parts(w))

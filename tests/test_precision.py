@@ -162,13 +162,13 @@ def test_black_images_of_any_pipeline_are_rejected(tiny, monkeypatch):
 
 def test_what_fits_is_found_once_for_a_shard(tiny, tmp_path, monkeypatch):
     tried = []
-    decoded = generation.decode
+    decoded = generation.decode_later
     def small(pipe, z):
         tried.append(len(z))
         if len(z) > 2: raise torch.OutOfMemoryError
         return decoded(pipe, z)
     usual = generate(tiny, tmp_path/"usual", 4, progress=False)
-    monkeypatch.setattr(generation, "decode", small)
+    monkeypatch.setattr(generation, "decode_later", small)
     with pytest.warns(UserWarning, match="too small for 4 at a time: trying 2") as said:
         made = generate(replace(tiny, shard=4, batch=4), tmp_path/"small", 4, progress=False)
     assert tried == [4, 2, 2, 2, 2] and len([w for w in said if "too small" in str(w.message)]) == 1

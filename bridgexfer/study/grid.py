@@ -844,7 +844,8 @@ def beyond_jobs(study: Tuning) -> list[Job]:
         about = (study.tuned_cells(d, arch, "beyond"), study.settings.beyond_images, contents(d))
         message = f"Choosing hyper-parameters for the comparison, {arch} on {d}"
         parameters = dict(dataset=d, arch=arch, target="beyond")
-        jobs.append(Job("tune", "beyond_tune", job_path("", "", d, arch).stem, message, parameters, (), about))
+        name = job_path("", "", d, arch).stem
+        jobs.append(Job("tune", "beyond_tune", name, message, parameters, searched_manifests(study, d), about))
     return jobs
 
 # %% ../../nbs/study/02_grid.ipynb #ed1b4724
