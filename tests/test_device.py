@@ -117,7 +117,7 @@ def test_images_that_are_on_their_way_are_those_that_are_waited_for(pipe):
 def test_the_device_is_one_batch_ahead_of_the_host(pipe, monkeypatch):
     "A batch is begun before the one before it has arrived, and no two are."
     events = []
-    def later(pipe, prompts, seeds, spec, cache, real):
+    def later(pipe, prompts, seeds, spec, cache, real, fits):
         number = sum(kind == "begun" for kind, _ in events)
         events.append(("begun", number))
         def wait():

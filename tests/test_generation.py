@@ -430,7 +430,7 @@ def test_init_images_are_of_the_class_and_of_the_run(pipe, spec, train, monkeypa
     spec = replace(spec, steps=1, init_images=two.digest, strength=0, shard=4)
     seen, original = [], sample_later
 
-    def spy(pipe, prompts, seeds, spec, cache, init_images):
+    def spy(pipe, prompts, seeds, spec, cache, init_images, fits):
         seen.extend(zip(prompts, init_images, strict=True))
         return original(pipe, prompts, seeds, spec, cache, init_images)
 
