@@ -1005,7 +1005,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'bridgexfer.models.find_family': ('library/models.html#find_family', 'bridgexfer/models.py'),
                                    'bridgexfer.models.find_model': ('library/models.html#find_model', 'bridgexfer/models.py'),
                                    'bridgexfer.models.find_weights': ('library/models.html#find_weights', 'bridgexfer/models.py'),
-                                   'bridgexfer.models.fit_together': ('library/models.html#fit_together', 'bridgexfer/models.py'),
                                    'bridgexfer.models.gpu_precision': ('library/models.html#gpu_precision', 'bridgexfer/models.py'),
                                    'bridgexfer.models.gradient_scaler': ('library/models.html#gradient_scaler', 'bridgexfer/models.py'),
                                    'bridgexfer.models.gradients_in_parts': ( 'library/models.html#gradients_in_parts',

@@ -26,8 +26,7 @@ from .artefacts import STATE, atomic, found_or_made, provenance, read_tensors, s
 from .generation import check_choice, check_lengths, check_whole, embed
 from .images import Images
 from .models import ADAPTER, LORA_FILE, LORA_RECORD, SHIPPED, AtOnce, adapter_weights, checked_step
-from .models import family_of, find_weights, fit_together, gradient_scaler, gradients_in_parts, lora_digest
-from .models import precision_on
+from .models import family_of, find_weights, gradient_scaler, gradients_in_parts, lora_digest, precision_on
 from .style_inversion import AUTOCAST, arithmetic, check_inverts, frozen, latent_moments, loss_curve
 from .style_inversion import noise_error, noise_schedule, noisy, open_model
 if TYPE_CHECKING: import diffusers
@@ -338,7 +337,7 @@ def train_loras(spec: LoraSpec,
     for which in loras(spec):
         if spec.steps and (which + 1) * spec.steps <= done and lora_path(spec, folder, which).exists(): continue
         task = lora_task(spec, which, pipe, moments, images.labels)
-        with fit_together(pipe), inserted(pipe, spec) as matrices:
+        with inserted(pipe, spec) as matrices:
             set_matrices(task, matrices, state)
             learn_lora(task, matrices, state, save, every, bar)
             tensors = lora_file(spec, {name: p.detach().cpu() for name, p in matrices.items()})

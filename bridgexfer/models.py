@@ -7,12 +7,11 @@ __all__ = ['KINDS', 'SHIPPED', 'WEIGHTS_FILE', 'CONFIG_FILE', 'OPENED', 'CLIP_FI
            'NETWORKS', 'FAMILIES', 'LICENCES', 'OPENRAIL', 'TOKENS_FILE', 'LORA_FILE', 'LORA_RECORD', 'ADAPTER',
            'Location', 'is_single', 'find_model', 'pinned', 'weights_of', 'find_weights', 'opening', 'model_folder',
            'gpu_precision', 'cpu_precision', 'native_precision', 'precision_on', 'gradient_scaler', 'checked_step',
-           'scaled_step', 'quiet', 'check_filled', 'unopened', 'opened_from', 'fit_together', 'place', 'runs_on',
-           'draws_numbers', 'load_pipeline', 'AtOnce', 'in_batches', 'images_within', 'gradients_in_parts', 'Family',
-           'prediction_of', 'guidance_of', 'family_of', 'find_family', 'licence_of', 'notice', 'image_to_image',
-           'why_not_from_images', 'why_not_guided', 'why_no_tokens', 'why_not_inverted', 'what_families_do',
-           'read_tokens', 'load_token', 'lora_files', 'lora_digest', 'lora_name', 'adaptable', 'adapter_weights',
-           'put_lora', 'adapted']
+           'scaled_step', 'quiet', 'check_filled', 'unopened', 'opened_from', 'place', 'runs_on', 'draws_numbers',
+           'load_pipeline', 'AtOnce', 'in_batches', 'images_within', 'gradients_in_parts', 'Family', 'prediction_of',
+           'guidance_of', 'family_of', 'find_family', 'licence_of', 'notice', 'image_to_image', 'why_not_from_images',
+           'why_not_guided', 'why_no_tokens', 'why_not_inverted', 'what_families_do', 'read_tokens', 'load_token',
+           'lora_files', 'lora_digest', 'lora_name', 'adaptable', 'adapter_weights', 'put_lora', 'adapted']
 
 # %% ../nbs/library/06_models.ipynb #c855adac
 import hashlib
@@ -289,20 +288,6 @@ def opened_from(folder: Path, # of a model
     except Exception as e: # damaged files make diffusers and transformers fail in any way
         if isinstance(e, MemoryError) or "memory" in str(e): raise
         raise unopened(folder, location, kind, e) from e
-
-# %% ../nbs/library/06_models.ipynb #f17709e1
-@contextmanager
-def fit_together(pipe: "diffusers.DiffusionPipeline", # that computes inside
-                ) -> Iterator[None]:
-    "Parts of a model of the user's that do not fit together are a `ValueError`, even if that shows while it draws."
-    try: yield
-    except (RuntimeError, TypeError, AttributeError, KeyError, IndexError) as e:
-        folder = str(pipe.config.get("_name_or_path") or PACKAGE)
-        device = isinstance(e, torch.OutOfMemoryError) or any(word in str(e) for word in ("memory", "CUDA"))
-        if device or Path(folder).is_relative_to(PACKAGE): raise
-        first = (str(e).splitlines() or [""])[0].rstrip(" .:")
-        raise ValueError(f"The model {folder} opens, but its parts do not fit together ({type(e).__name__}: {first}): "
-                         "copy it again, or choose another.") from e
 
 # %% ../nbs/library/06_models.ipynb #3cfe848c
 OFFLOADS = ("none", "model", "sequential") # what leaves the GPU while it does not compute: nothing, networks, layers

@@ -27,8 +27,8 @@ from .artefacts import STATE, atomic, found_or_made, provenance, read_tensors, s
 from .generation import AT_ONCE, check_choice, check_lengths, check_whole, embed, encode, make_scheduler
 from .images import Images
 from .models import PRECISIONS, SHIPPED, TOKENS_FILE, AtOnce, Family, checked_step, family_of, find_family
-from .models import find_weights, fit_together, gradient_scaler, gradients_in_parts, images_within
-from .models import in_batches, load_pipeline, precision_on, why_not_inverted
+from .models import find_weights, gradient_scaler, gradients_in_parts, images_within, in_batches
+from .models import load_pipeline, precision_on, why_not_inverted
 from .prompts import SINGLE_TEMPLATE, templates
 if TYPE_CHECKING: import diffusers
 
@@ -362,7 +362,7 @@ def train_tokens(spec: InversionSpec,
     done = int(state["done"])
     tokens = len(token_words(spec))
     bar = tqdm(total=tokens * spec.steps, initial=done, desc=label, unit="step", disable=label is None, mininterval=2)
-    with fit_together(pipe), frozen(pipe.text_encoder, pipe.unet), bar:
+    with frozen(pipe.text_encoder, pipe.unet), bar:
         for token in range(done // spec.steps, tokens):
             learn(token_task(spec, token, pipe, moments, images.labels), state, save, every, bar)
 

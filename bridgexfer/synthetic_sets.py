@@ -36,8 +36,8 @@ from .generation import check_family, check_lengths, check_model, check_whole, e
 from .generation import plan, sample_later, sentences_of, split_weights, takes_loop, try_compiled
 from .images import SMALL, Images, Parts, SoftImages, decode_into, file_array, files_of, in_order, mapped
 from .images import store
-from .models import AtOnce, adapted, find_family, find_weights, fit_together, licence_of, load_pipeline
-from .models import load_token, lora_files, lora_name, runs_on
+from .models import AtOnce, adapted, find_family, find_weights, licence_of, load_pipeline, load_token
+from .models import lora_files, lora_name, runs_on
 if TYPE_CHECKING: import diffusers, huggingface_hub, torch
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #b607b525
@@ -401,8 +401,7 @@ def build_shard(spec: SynthesisSpec, # the set
     "Make a shard and write it, with its provenance next to it."
     started = time.time()
     begun = read_begun(path, spec, number)
-    save = partial(save_begun, path, spec, number)
-    with fit_together(pipe): table = make_shard(spec, number, pipe, bar, init_images, begun, save)
+    table = make_shard(spec, number, pipe, bar, init_images, begun, partial(save_begun, path, spec, number))
     precision = str(pipe.dtype).removeprefix("torch.")
     made = provenance(started, str(runs_on(pipe)), len(table) - len(begun), precision=precision)
     write_json(path.with_suffix(".json"), made)

@@ -51,15 +51,6 @@ def test_whatever_the_libraries_raise_is_one_sentence(folder, file, values):
     assert len(str(e.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("words", [("generate",), ("invert", "--set", "style_steps=1")])
-def test_parts_that_fail_only_while_they_compute_are_named(folder, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    change(folder/"vae/config.json", scaling_factor="x")
-    small = ["digits", "--profile", "smoke", "--set", f"runs={tmp_path}/runs", "--model", str(folder)]
-    assert main([words[0], *small, *words[1:]]) == 2 and not list(tmp_path.rglob("shard-*"))
-    assert "mine opens, but its parts do not fit together" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"null"])
 @pytest.mark.parametrize("file", ["tokenizer/tokenizer.json", "unet/config.json"])
 def test_damage_is_wrong_input_and_no_bug(folder, file, content, tmp_path, monkeypatch, capsys):
