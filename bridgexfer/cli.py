@@ -237,7 +237,7 @@ FromReal = Annotated[int | None, _option("K", "start from K training images of e
 Between = Annotated[int | None, _option("K", "start from K training images of each other class: Diff-Mix, soft labels")]
 Strength = Annotated[float | None, _option("S", "with --from-real or --between: share of the steps that are run")]
 Lora = Annotated[str | None, _option("PATH", "adapt the model by this LoRA: a .safetensors file, or a folder")]
-LoraScale = Annotated[float | None, _option("S", "with --lora: how strongly (default: 1); 0 changes nothing")]
+LoraScale = Annotated[float, _option("S", "with --lora: how strongly; 0 changes nothing")]
 
 # %% ../nbs/apps/04_cli.ipynb #b89b270f
 def _prompts(names, images, device: str, templates, table, captions, negative: str, words: dict[str, str]):
@@ -265,18 +265,6 @@ def _from_real(run, style: bool, from_real: int | None, between: int | None, str
     if shots < 0: raise ValueError(f"The number of real images of each class is 0 (all) or more, got {shots}.")
     return replace(run, shots=shots, synthesis=synthesis)
 
-# %% ../nbs/apps/04_cli.ipynb #a9c1e701
-def _adapted_by(lora: str | None, scale: float | None) -> tuple[str, float] | None: # a LoRA and how strongly
-    "The LoRA that the options ask for, if any."
-    if lora: return lora, 1. if scale is None else scale
-    if scale is None: return None
-    raise ValueError("--lora-scale says how strongly a LoRA changes the model: give --lora with it.")
-
-def _more_than_asked(made, images: int) -> str: # made: a SyntheticSet; images: asked for, of each class
-    "Why a set is larger than was asked."
-    if made.per_class <= images: return ""
-    return f" ({images} were asked for: a file holds {made.spec.shard} images of each class)"
-
 # %% ../nbs/apps/04_cli.ipynb #00757dfe
 @app.command()
 def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model: Model = None,
@@ -285,7 +273,7 @@ def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
              templates: Templates = None, table: Table = None, captions: Captions = None, domain: Domain = "",
              prefix: Prefix = "", suffix: Suffix = "", negative: Negative = "",
              from_real: FromReal = None, between: Between = None, strength: Strength = None,
-             lora: Lora = None, lora_scale: LoraScale = None, profile: Profile = None, as_json: AsJson = False) -> int:
+             lora: Lora = None, lora_scale: LoraScale = 1., profile: Profile = None, as_json: AsJson = False) -> int:
     "Make the synthetic images of a dataset's classes."
     from bridgexfer.data.registry import dataset_info
     from bridgexfer.datasets import Dataset
@@ -301,11 +289,10 @@ def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     words = dict(domain=domain, prefix=prefix, suffix=suffix)
     prompts = _prompts(data.info.names, seen, device, templates, table, captions, negative, words)
     fields = dict(prompts=prompts) if strength is None else dict(prompts=prompts, strength=strength)
-    made = own_set(study, data, run, device, _adapted_by(lora, lora_scale), **fields)
+    made = own_set(study, data, run, device, (lora, lora_scale) if lora else None, **fields)
     if export: made.export(export, study.settings.images)
     value = {"folder": str(made.folder), "classes": len(made.spec.names), "per_class": made.per_class, "export": export}
-    text = f"{made}{_more_than_asked(made, study.settings.images)}"
-    return _answer(0, value, f"{text}, exported to {export}" if export else text, as_json)
+    return _answer(0, value, f"{made}, exported to {export}" if export else str(made), as_json)
 
 # %% ../nbs/apps/04_cli.ipynb #a38585e8
 @app.command()

@@ -142,8 +142,6 @@ def test_the_command_takes_prompts(tmp_path, capsys):
     (tmp_path/"t.txt").write_text("a {} in ink\n", encoding="utf-8")
     fixed = command(tmp_path)
     given = ["--templates", str(tmp_path/"t.txt"), "--domain", "a digit", "--negative", "text"]
-    assert main([*fixed, *given]) == 0
-    assert "were asked for: a file holds 20 images of each class" in capsys.readouterr().out
     assert main([*fixed, *given, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)["folder"]
     spec = read_json(f"{made}/spec.json")
