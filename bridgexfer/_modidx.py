@@ -462,7 +462,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'bridgexfer/datasets.py'),
                                      'bridgexfer.datasets.walk_folder': ('library/datasets.html#walk_folder', 'bridgexfer/datasets.py'),
                                      'bridgexfer.datasets.with_recipe': ('library/datasets.html#with_recipe', 'bridgexfer/datasets.py')},
-            'bridgexfer.entry': {'bridgexfer.entry.main': ('apps/entry.html#main', 'bridgexfer/entry.py')},
             'bridgexfer.evaluation': { 'bridgexfer.evaluation._computed': ('library/evaluation.html#_computed', 'bridgexfer/evaluation.py'),
                                        'bridgexfer.evaluation._one_behind': ( 'library/evaluation.html#_one_behind',
                                                                               'bridgexfer/evaluation.py'),
