@@ -6,7 +6,8 @@
 __all__ = ['TEMPLATE', 'TARGETS', 'LORA_VERSION', 'LoraSpec', 'same_spelling', 'check_lora_spec', 'lora_spec', 'inserted',
            'first_weights', 'loras', 'class_of', 'LoraTask', 'lora_task', 'draw_images', 'prompt_embeddings',
            'lora_loss', 'rate', 'begun', 'part_of', 'optimiser_of', 'remember', 'one_step', 'learn_lora',
-           'set_matrices', 'lora_file', 'lora_path', 'train_loras', 'check_lora_images', 'build_lora', 'adapt']
+           'set_matrices', 'lora_file', 'lora_path', 'train_loras', 'check_lora_images', 'check_adapts', 'build_lora',
+           'adapt']
 
 # %% ../nbs/library/10_lora.ipynb #239546f1
 import time
@@ -25,10 +26,11 @@ from tqdm import tqdm
 from .artefacts import STATE, atomic, found_or_made, provenance, read_tensors, spec_hash, stable_hash
 from .generation import check_choice, check_lengths, check_whole, embed
 from .images import Images
-from .models import ADAPTER, LORA_FILE, LORA_RECORD, SHIPPED, AtOnce, adapter_weights, checked_step
-from .models import family_of, find_weights, gradient_scaler, gradients_in_parts, lora_digest, precision_on
-from .style_inversion import AUTOCAST, arithmetic, check_inverts, frozen, latent_moments, loss_curve
-from .style_inversion import noise_error, noise_schedule, noisy, open_model
+from .models import ADAPTER, LORA_FILE, LORA_RECORD, SHIPPED, AtOnce, Family, adapter_weights, checked_step
+from .models import family_of, find_family, find_weights, gradient_scaler, gradients_in_parts, lora_digest
+from .models import precision_on, why_not_adapted
+from .style_inversion import AUTOCAST, arithmetic, frozen, latent_moments, loss_curve, noise_error
+from .style_inversion import noise_schedule, noisy, open_model
 if TYPE_CHECKING: import diffusers
 
 # %% ../nbs/library/10_lora.ipynb #c85e0477
@@ -359,6 +361,11 @@ def check_lora_images(spec: LoraSpec,
         raise ValueError(f"There are no images of {', '.join(empty)} to learn a LoRA from: "
                          "add some, or leave the class out.")
 
+# %% ../nbs/library/10_lora.ipynb #e07f31b8
+def check_adapts(family: Family) -> None: # of a model
+    "Reject a model that no LoRA can be learned with."
+    if text := why_not_adapted(family): raise ValueError(text)
+
 # %% ../nbs/library/10_lora.ipynb #4ec6c852
 def build_lora(spec: LoraSpec,
                folder: Path, # of the spec
@@ -401,7 +408,7 @@ def adapt(spec: LoraSpec,
     "Learn the LoRAs of a spec, if they are not there yet."
     def build(folder):
         check_lora_images(spec, images)
-        if pipe: check_inverts(family_of(pipe))
+        check_adapts(family_of(pipe) if pipe else find_family(model)) # before weights are fetched
         opened = pipe or open_model(spec, model, device)
         return build_lora(spec, folder, images, Path(moments or Path(root)/"moments"), opened, label, every)
     return found_or_made(root, spec, LORA_RECORD, build)
