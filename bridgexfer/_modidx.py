@@ -69,6 +69,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'bridgexfer.backbones.reset_head': ('library/backbones.html#reset_head', 'bridgexfer/backbones.py'),
                                       'bridgexfer.backbones.untrained': ('library/backbones.html#untrained', 'bridgexfer/backbones.py')},
             'bridgexfer.budget': { 'bridgexfer.budget.Amounts': ('apps/budget.html#amounts', 'bridgexfer/budget.py'),
+                                   'bridgexfer.budget.Budget': ('apps/budget.html#budget', 'bridgexfer/budget.py'),
                                    'bridgexfer.budget.Clock': ('apps/budget.html#clock', 'bridgexfer/budget.py'),
                                    'bridgexfer.budget.Clock.__call__': ('apps/budget.html#clock.__call__', 'bridgexfer/budget.py'),
                                    'bridgexfer.budget.Clock.begin': ('apps/budget.html#clock.begin', 'bridgexfer/budget.py'),
