@@ -1849,6 +1849,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'bridgexfer/style_inversion.py'),
                                             'bridgexfer.style_inversion.save_tokens': ( 'library/style_inversion.html#save_tokens',
                                                                                         'bridgexfer/style_inversion.py'),
+                                            'bridgexfer.style_inversion.saving': ( 'library/style_inversion.html#saving',
+                                                                                   'bridgexfer/style_inversion.py'),
                                             'bridgexfer.style_inversion.sentences': ( 'library/style_inversion.html#sentences',
                                                                                       'bridgexfer/style_inversion.py'),
                                             'bridgexfer.style_inversion.step_loss': ( 'library/style_inversion.html#step_loss',

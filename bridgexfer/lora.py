@@ -30,7 +30,7 @@ from .models import ADAPTER, LORA_FILE, LORA_RECORD, SHIPPED, AtOnce, Family, ad
 from .models import family_of, find_family, find_weights, gradient_scaler, gradients_in_parts, lora_digest
 from .models import precision_on, why_not_adapted
 from .style_inversion import AUTOCAST, arithmetic, frozen, latent_moments, loss_curve, noise_error
-from .style_inversion import noise_schedule, noisy, open_model
+from .style_inversion import noise_schedule, noisy, open_model, saving
 if TYPE_CHECKING: import diffusers
 
 # %% ../nbs/library/10_lora.ipynb #c85e0477
@@ -273,19 +273,15 @@ def learn_lora(task: LoraTask,
                bar: tqdm, # counts steps
               ) -> None:
     "The remaining steps of one LoRA."
-    spec, losses = task.spec, []
+    spec = task.spec
     done = max(0, int(state["done"]) - task.which * spec.steps)
     if done >= spec.steps: return
     opt = optimiser_of(spec, matrices, state, done)
     fits = AtOnce(spec.batch)
     scaler = gradient_scaler(task.pipe.device, spec.precision)
-    for step in range(done, spec.steps):
-        losses.append(one_step(task, step, opt, fits, scaler))
-        bar.update()
-        if (step + 1) % every and step + 1 < spec.steps: continue
-        remember(state, task, step + 1, matrices, opt, losses)
-        bar.set_postfix(loss=f"{torch.stack(losses).mean():.4f}")
-        losses = []
+    def take(step): return one_step(task, step, opt, fits, scaler)
+    for step, losses in saving(take, range(done, spec.steps), every, bar):
+        remember(state, task, step, matrices, opt, losses)
         save()
 
 # %% ../nbs/library/10_lora.ipynb #a2b7240f
