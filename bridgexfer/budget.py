@@ -6,7 +6,7 @@
 __all__ = ['LADDER', 'MEASURED', 'ENCODED', 'PLANNED', 'DISAGREE', 'LUCK', 'SHORT', 'FINISHING', 'PORTIONS', 'Amounts',
            'with_amounts', 'trials', 'style_work', 'own_work', 'generation_rate', 'rate_of', 'training_rate',
            'inversion_rate', 'measure', 'hours_of', 'choose', 'visible_effect', 'until', 'Clock', 'clock',
-           'images_in_time', 'planned', 'budget_text', 'begin_budget']
+           'images_in_time', 'Budget', 'planned', 'budget_text', 'begin_budget']
 
 # %% ../nbs/apps/03_budget.ipynb #9805015f
 import signal
@@ -309,33 +309,39 @@ def images_in_time(study: Study, # of `own_study`, with its amounts
     print(f"Time for {made} of {run.per_class} images of each class.", file=sys.stderr)
     return Study(replace(study.settings, values=MappingProxyType({**study.settings.values, "images": made})))
 
+# %% ../nbs/apps/03_budget.ipynb #d4c80f1b
+@dataclass(frozen=True, eq=False)
+class Budget:
+    "What has to end in some hours."
+    study: Study # of `own_study`
+    data: Dataset
+    arch: str
+    hours: float
+    device: str = "cpu"
+    given: ImageSet | None = None # a set to use; None: images are generated
+    fixed: frozenset[str] = frozenset() # settings that the user has given
+    style: bool = False # images in the dataset's learned style
+
 # %% ../nbs/apps/03_budget.ipynb #3d7abf87
-def planned(study: Study, # of `own_study`
-            data: Dataset,
-            arch: str,
-            hours: float,
-            device: str = "cpu",
-            given: ImageSet | None = None, # a set to use; None: images are generated
-            fixed: frozenset[str] = frozenset(), # settings that the user has given
-            style: bool = False, # images in the dataset's learned style
-           ) -> tuple[Study, Rates, float]: # the profile with its amounts, what was measured, planned hours
+def planned(budget: Budget) -> tuple[Study, Rates, float]: # with its amounts; what was measured; planned hours
     "What fits into some hours: measured and chosen now, or by an earlier call."
+    b, data = budget, budget.data
     target = Target("own", len(data.info.names), len(data.train))
     def cost(amounts):
-        return hours_of(own_work(with_amounts(study, amounts, fixed), target, arch, given, style), rates)
-    asked = (hours, sorted(fixed), given and given.folder, style)
-    about = (data.train.digest, arch, device, *asked, study.settings.values)
-    path = study.runs_dir/"budgets"/f"{stable_hash(*about):016x}.json"
+        return hours_of(own_work(with_amounts(b.study, amounts, b.fixed), target, b.arch, b.given, b.style), rates)
+    asked = (b.hours, sorted(b.fixed), b.given and b.given.folder, b.style)
+    about = (data.train.digest, b.arch, b.device, *asked, b.study.settings.values)
+    path = b.study.runs_dir/"budgets"/f"{stable_hash(*about):016x}.json"
     if path.exists():
         kept = read_json(path)
         rates = Rates("machine", tuple(Rate(**rate) for rate in kept["rates"]), 0., "")
         amounts = Amounts(**kept["amounts"])
     else:
         print("Measuring this machine, for about a minute.", file=sys.stderr)
-        rates = measure(study, data, arch, device, given, style)
-        amounts = choose(hours, cost)
+        rates = measure(b.study, data, b.arch, b.device, b.given, b.style)
+        amounts = choose(b.hours, cost)
         write_json(path, dict(amounts=amounts._asdict(), rates=[vars(rate) for rate in rates.rates]))
-    return with_amounts(study, amounts, fixed), rates, cost(amounts)
+    return with_amounts(b.study, amounts, b.fixed), rates, cost(amounts)
 
 # %% ../nbs/apps/03_budget.ipynb #7dee3715
 def budget_text(study: Study, # with its amounts
@@ -358,24 +364,17 @@ def budget_text(study: Study, # with its amounts
             f"{n} seeds, a difference of about {effect:.1f} points or more will be seen, smaller ones may not.")
 
 # %% ../nbs/apps/03_budget.ipynb #2c12b17c
-def begin_budget(study: Study, # of `own_study`
-                 data: Dataset,
-                 arch: str,
-                 hours: float,
-                 device: str = "cpu",
-                 given: ImageSet | None = None, # a set to use; None: images are generated
-                 fixed: frozenset[str] = frozenset(), # settings that the user has given
-                 style: bool = False, # images in the dataset's learned style
-                ) -> tuple[Study, Clock]: # with the amounts that were chosen; called before each training
+def begin_budget(budget: Budget) -> tuple[Study, Clock]: # with its amounts; called before each training
     "Plan, say what is planned, and generate the images."
+    b, data, hours = budget, budget.data, budget.hours
     if not 0 < hours <= 10**5:
         raise ValueError(f"A budget is a number of hours above 0, up to 100,000, got {hours:g}.")
     end = time() + 3600 * hours
-    study, rates, total = planned(study, data, arch, hours, device, given, fixed, style)
+    study, rates, total = planned(budget)
     print(budget_text(study, rates, total, hours, len(data.test)), file=sys.stderr)
     target = Target("own", len(data.info.names), len(data.train))
-    if not given:
-        training = [w for w in own_work(study, target, arch) if w.job == "transfer"]
-        study = images_in_time(study, data, end - 3600 * hours_of(training, rates) / PLANNED, device, style)
+    if not b.given:
+        training = [w for w in own_work(study, target, b.arch) if w.job == "transfer"]
+        study = images_in_time(study, data, end - 3600 * hours_of(training, rates) / PLANNED, b.device, b.style)
     print(f"{seconds_text(max(end - time(), 0))} left for training", file=sys.stderr)
-    return study, clock(study, target, arch, rates, end)
+    return study, clock(study, target, b.arch, rates, end)

@@ -433,8 +433,8 @@ def _fixed(dataset: str, profile: str | None, words: list[str] | None, **options
 # %% ../nbs/apps/04_cli.ipynb #bc16c081
 def _budget(study, data, arch: str, hours: float, fixed: frozenset[str], style: bool, given, device: str):
     "A profile with the amounts that fit into the hours, and their clock."
-    from bridgexfer.budget import begin_budget
-    return begin_budget(study, data, arch, hours, device, given, fixed, style)
+    from bridgexfer.budget import Budget, begin_budget
+    return begin_budget(Budget(study, data, arch, hours, device, given, fixed, style))
 
 # %% ../nbs/apps/04_cli.ipynb #76494a00
 def _warn_of_cpu(study, device: str) -> None:

@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 from .artefacts import stable_hash, unhashed
 from .models import NETWORKS, OFFLOADS, PRECISIONS, AtOnce, Family, family_of, find_weights, images_within
-from .models import in_batches, lora_name, runs_on, why_no_tokens, why_not_from_images, why_not_guided
+from .models import in_batches, lora_name, runs_on, why_no_lora, why_no_tokens, why_not_from_images
+from .models import why_not_guided
 from .prompts import templates
 from .user_prompts import UserPrompts
 if TYPE_CHECKING: import diffusers # imported inside functions: programs that make no images do not wait for it
@@ -535,6 +536,7 @@ def check_family(family: Family, spec: SynthesisSpec) -> None:
     reasons = [why_not_guided(family, spec.guidance, negative_of(spec))]
     if spec.token_hash: reasons.append(why_no_tokens(family))
     if spec.init_images: reasons.append(why_not_from_images(family))
+    if spec.lora: reasons.append(why_no_lora(family))
     for text in filter(None, reasons): raise ValueError(text)
 
 # %% ../nbs/library/07_generation.ipynb #a8176cca

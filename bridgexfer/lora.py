@@ -6,7 +6,8 @@
 __all__ = ['TEMPLATE', 'TARGETS', 'LORA_VERSION', 'LoraSpec', 'same_spelling', 'check_lora_spec', 'lora_spec', 'inserted',
            'first_weights', 'loras', 'class_of', 'LoraTask', 'lora_task', 'draw_images', 'prompt_embeddings',
            'lora_loss', 'rate', 'begun', 'part_of', 'optimiser_of', 'remember', 'one_step', 'learn_lora',
-           'set_matrices', 'lora_file', 'lora_path', 'train_loras', 'check_lora_images', 'build_lora', 'adapt']
+           'set_matrices', 'lora_file', 'lora_path', 'train_loras', 'check_lora_images', 'check_adapts', 'build_lora',
+           'adapt']
 
 # %% ../nbs/library/10_lora.ipynb #239546f1
 import time
@@ -25,10 +26,11 @@ from tqdm import tqdm
 from .artefacts import STATE, atomic, found_or_made, provenance, read_tensors, spec_hash, stable_hash
 from .generation import check_choice, check_lengths, check_whole, embed
 from .images import Images
-from .models import ADAPTER, LORA_FILE, LORA_RECORD, SHIPPED, AtOnce, adapter_weights, checked_step
-from .models import family_of, find_weights, gradient_scaler, gradients_in_parts, lora_digest, precision_on
-from .style_inversion import AUTOCAST, arithmetic, check_inverts, frozen, latent_moments, loss_curve
-from .style_inversion import noise_error, noise_schedule, noisy, open_model
+from .models import ADAPTER, LORA_FILE, LORA_RECORD, SHIPPED, AtOnce, Family, adapter_weights, checked_step
+from .models import family_of, find_family, find_weights, gradient_scaler, gradients_in_parts, lora_digest
+from .models import precision_on, why_not_adapted
+from .style_inversion import AUTOCAST, arithmetic, frozen, latent_moments, loss_curve, noise_error
+from .style_inversion import noise_schedule, noisy, open_model, saving
 if TYPE_CHECKING: import diffusers
 
 # %% ../nbs/library/10_lora.ipynb #c85e0477
@@ -271,19 +273,15 @@ def learn_lora(task: LoraTask,
                bar: tqdm, # counts steps
               ) -> None:
     "The remaining steps of one LoRA."
-    spec, losses = task.spec, []
+    spec = task.spec
     done = max(0, int(state["done"]) - task.which * spec.steps)
     if done >= spec.steps: return
     opt = optimiser_of(spec, matrices, state, done)
     fits = AtOnce(spec.batch)
     scaler = gradient_scaler(task.pipe.device, spec.precision)
-    for step in range(done, spec.steps):
-        losses.append(one_step(task, step, opt, fits, scaler))
-        bar.update()
-        if (step + 1) % every and step + 1 < spec.steps: continue
-        remember(state, task, step + 1, matrices, opt, losses)
-        bar.set_postfix(loss=f"{torch.stack(losses).mean():.4f}")
-        losses = []
+    def take(step): return one_step(task, step, opt, fits, scaler)
+    for step, losses in saving(take, range(done, spec.steps), every, bar):
+        remember(state, task, step, matrices, opt, losses)
         save()
 
 # %% ../nbs/library/10_lora.ipynb #a2b7240f
@@ -359,6 +357,11 @@ def check_lora_images(spec: LoraSpec,
         raise ValueError(f"There are no images of {', '.join(empty)} to learn a LoRA from: "
                          "add some, or leave the class out.")
 
+# %% ../nbs/library/10_lora.ipynb #e07f31b8
+def check_adapts(family: Family) -> None: # of a model
+    "Reject a model that no LoRA can be learned with."
+    if text := why_not_adapted(family): raise ValueError(text)
+
 # %% ../nbs/library/10_lora.ipynb #4ec6c852
 def build_lora(spec: LoraSpec,
                folder: Path, # of the spec
@@ -401,7 +404,7 @@ def adapt(spec: LoraSpec,
     "Learn the LoRAs of a spec, if they are not there yet."
     def build(folder):
         check_lora_images(spec, images)
-        if pipe: check_inverts(family_of(pipe))
+        check_adapts(family_of(pipe) if pipe else find_family(model)) # before weights are fetched
         opened = pipe or open_model(spec, model, device)
         return build_lora(spec, folder, images, Path(moments or Path(root)/"moments"), opened, label, every)
     return found_or_made(root, spec, LORA_RECORD, build)

@@ -10,8 +10,9 @@ __all__ = ['KINDS', 'SHIPPED', 'WEIGHTS_FILE', 'CONFIG_FILE', 'OPENED', 'CLIP_FI
            'scaled_step', 'quiet', 'check_filled', 'unopened', 'opened_from', 'place', 'runs_on', 'draws_numbers',
            'load_pipeline', 'AtOnce', 'in_batches', 'images_within', 'gradients_in_parts', 'Family', 'prediction_of',
            'guidance_of', 'family_of', 'find_family', 'licence_of', 'notice', 'image_to_image', 'why_not_from_images',
-           'why_not_guided', 'why_no_tokens', 'why_not_inverted', 'what_families_do', 'read_tokens', 'load_token',
-           'lora_files', 'lora_digest', 'lora_name', 'adaptable', 'adapter_weights', 'put_lora', 'adapted']
+           'why_not_guided', 'why_no_tokens', 'why_not_inverted', 'why_no_lora', 'why_not_adapted', 'what_families_do',
+           'read_tokens', 'load_token', 'lora_files', 'lora_digest', 'lora_name', 'adaptable', 'adapter_weights',
+           'put_lora', 'adapted']
 
 # %% ../nbs/library/06_models.ipynb #c855adac
 import hashlib
@@ -560,12 +561,27 @@ def why_not_inverted(family: Family) -> str:
     return (f"Style inversion compares predictions with noise or velocity, this model predicts {family.prediction}: "
             "take another model.")
 
+# %% ../nbs/library/06_models.ipynb #a41c7e09
+def why_no_lora(family: Family) -> str:
+    "Why a family is not drawn with a LoRA."
+    import diffusers
+    if hasattr(getattr(diffusers, family.pipeline, None), "load_lora_weights"): return ""
+    return f"diffusers puts no LoRA into a {family.pipeline}: leave the LoRA out, or take another model."
+
+def why_not_adapted(family: Family) -> str:
+    "Why no LoRA can be learned with a family."
+    if not why_not_inverted(family): return ""
+    return (f"A LoRA is learned by predicting noise or velocity without guidance, with a StableDiffusionPipeline; this "
+            f"model is a {family.pipeline} (it predicts {family.prediction}, guidance: {family.guidance}): take Stable "
+            "Diffusion 1 or 2, or draw with a LoRA that was learned elsewhere.")
+
 # %% ../nbs/library/06_models.ipynb #20f1d14f
 def what_families_do() -> dict[str, dict[str, str]]: # models -> task -> "" or why not
     "What can be done with each family of models."
     always = dict.fromkeys(("generate", "resume", "verify"), "")
-    return {models: {**always, "image-to-image": why_not_from_images(family), "invert": why_not_inverted(family)}
-            for models, family in FAMILIES.items()}
+    asked = {"image-to-image": why_not_from_images, "invert": why_not_inverted, "draw with a LoRA": why_no_lora,
+             "learn a LoRA": why_not_adapted}
+    return {models: always | {task: why(family) for task, why in asked.items()} for models, family in FAMILIES.items()}
 
 # %% ../nbs/library/06_models.ipynb #d66088c1
 TOKENS_FILE = "learned_embeds.safetensors" # the name that diffusers looks for

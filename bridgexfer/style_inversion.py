@@ -6,8 +6,8 @@
 __all__ = ['TOKENS', 'AUTOCAST', 'INVERSION_VERSION', 'InversionSpec', 'check_inversion', 'inversion_spec', 'token_words',
            'sentences', 'own_size', 'latent_moments', 'check_inverts', 'noise_schedule', 'TokenTask', 'token_task',
            'Draw', 'draw', 'noisy', 'first_row', 'arithmetic', 'embed_with', 'frozen', 'noise_error', 'step_loss',
-           'fresh_state', 'optimiser', 'record', 'learn', 'train_tokens', 'loss_curve', 'check_method', 'check_images',
-           'open_model', 'save_tokens', 'invert', 'stratified', 'denoising_loss']
+           'fresh_state', 'optimiser', 'record', 'saving', 'learn', 'train_tokens', 'loss_curve', 'check_method',
+           'check_images', 'open_model', 'save_tokens', 'invert', 'stratified', 'denoising_loss']
 
 # %% ../nbs/library/09_style_inversion.ipynb #0ee05185
 import copy, time
@@ -318,6 +318,22 @@ def record(state: dict[str, torch.Tensor], # brought up to date
     done = torch.tensor(task.token * spec.steps + step)
     state.update(first=adam["exp_avg"].cpu(), second=adam["exp_avg_sq"].cpu(), done=done)
 
+# %% ../nbs/library/09_style_inversion.ipynb #b6f3107e
+def saving(take: Callable[[int], torch.Tensor], # takes a step by its number and gives its loss, ()
+           steps: range, # that are left
+           every: int, # steps between saves
+           bar: tqdm, # counts steps
+          ) -> Iterator[tuple[int, list[torch.Tensor]]]: # steps that are done; losses since the last time
+    "Take steps, and yield when it is time to save: at regular intervals, and at the end."
+    losses = []
+    for step in steps:
+        losses.append(take(step))
+        bar.update()
+        if (step + 1) % every and step + 1 < steps.stop: continue
+        yield step + 1, losses
+        bar.set_postfix(loss=f"{torch.stack(losses).mean():.4f}")
+        losses = []
+
 # %% ../nbs/library/09_style_inversion.ipynb #0ce142a7
 def learn(task: TokenTask,
           state: dict[str, torch.Tensor], # from `fresh_state` or a file; brought up to date
@@ -326,21 +342,19 @@ def learn(task: TokenTask,
           bar: tqdm, # counts steps
          ) -> None:
     "The remaining steps of one token."
-    spec, losses = task.spec, []
+    spec = task.spec
     done = int(state["done"]) - task.token * spec.steps
     row = state["rows"][task.token].to(task.pipe.unet.device, copy=True).requires_grad_()
     opt = optimiser(row, spec, state, done)
     fits = AtOnce(spec.batch)
     scaler = gradient_scaler(row.device, spec.precision)
-    for step in range(done, spec.steps):
-        losses.append(gradients_in_parts(partial(step_loss, task, step, row), spec.batch, fits, opt, scaler))
+    def take(step):
+        loss = gradients_in_parts(partial(step_loss, task, step, row), spec.batch, fits, opt, scaler)
         checked_step(opt, scaler)
         opt.zero_grad(set_to_none=True)
-        bar.update()
-        if (step + 1) % every and step + 1 < spec.steps: continue
-        record(state, task, step + 1, row, opt, losses)
-        bar.set_postfix(loss=f"{torch.stack(losses).mean():.4f}")
-        losses = []
+        return loss
+    for step, losses in saving(take, range(done, spec.steps), every, bar):
+        record(state, task, step, row, opt, losses)
         save()
 
 # %% ../nbs/library/09_style_inversion.ipynb #b974ea32

@@ -6,8 +6,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from bridgexfer.budget import (DISAGREE, LADDER, LUCK, PLANNED, Amounts, Clock, choose, hours_of, own_work, planned,
-                               until, visible_effect, with_amounts)
+from bridgexfer.budget import (DISAGREE, LADDER, LUCK, PLANNED, Amounts, Budget, Clock, choose, hours_of, own_work,
+                               planned, until, visible_effect, with_amounts)
 from bridgexfer.cli import _fixed, main
 from bridgexfer.own_images import OutOfTime, best_so_far, whole_seeds
 from bridgexfer.study.costs import Rate, Rates, Target
@@ -188,7 +188,7 @@ def test_the_next_call_goes_on_with_the_same_plan(tmp_path, monkeypatch):
     data = load_dataset("digits")
     measured = []
     monkeypatch.setattr("bridgexfer.budget.measure", lambda *a: measured.append(1) or rates(40., 4000. * len(measured)))
-    def ask(hours): return planned(study, data, "mini_resnet10", hours)
+    def ask(hours): return planned(Budget(study, data, "mini_resnet10", hours))
     first, again = ask(.5), ask(.5)
     assert len(measured) == 1 and first[0].settings.values == again[0].settings.values and first[1:] == again[1:]
     assert ask(.6)[0].settings.images >= first[0].settings.images and len(measured) == 2

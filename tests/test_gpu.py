@@ -68,7 +68,7 @@ def test_the_plan_says_which_gpu(capsys):
     assert memory_text(Study("paper", lr="0.01")).endswith("vit_large 28 GB: a GPU of 32 GB")
     assert memory_text(Study("miniature")) == "" == memory_text(Study("evening", lr="0.01", gpu="0"))
     assert main(["plan", "profile=evening", "lr=0.01"]) == 0
-    assert capsys.readouterr().out.endswith("a GPU of 12 GB\n")
+    assert "a GPU of 12 GB\n" in capsys.readouterr().out
 
 
 @pytest.mark.slow

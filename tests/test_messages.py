@@ -121,7 +121,7 @@ def test_an_option_and_a_setting_may_not_differ(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("[study]\nprofile = a\n[a]\nimages = 3\n", "lacks arch_pipelines, "),
+    ("[study]\nprofile = a\n[a]\nimages = 3\n", "lacks adamw_lrs, "),
     ("[study]\nprofile = b\n", "Unknown profile 'b'"),
     ("[study]\n", "Unknown profile ''"),
     ("[study]\nprofile\n", "cannot be read as a settings.ini"),
