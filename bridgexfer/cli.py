@@ -8,10 +8,9 @@ __all__ = ['app', 'COMPLETED', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device
            'Negative', 'FromReal', 'Between', 'Strength', 'Lora', 'LoraScale', 'Synthetic', 'FeaturesOf', 'Backbones',
            'Share', 'Threshold', 'Backbone', 'Given', 'NoImages', 'Hours', 'Kept', 'Pictures', 'Top', 'Batch', 'Row',
            'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'TOO_LITTLE', 'FEWER', 'SYSTEM', 'BUG', 'BROKEN_PIPE',
-           'KEPT', 'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values', 'example',
-           'check', 'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer',
-           'predict', 'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'WithoutBars',
-           'interrupted', 'main']
+           'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values', 'example', 'check',
+           'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer', 'predict',
+           'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'WithoutBars', 'main']
 
 # %% ../nbs/apps/04_cli.ipynb #373bd560
 import errno, io, json, os, re, shlex, sys, traceback
@@ -20,6 +19,7 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Annotated
 import typer
+from .entry import KEPT, interrupted
 
 # %% ../nbs/apps/04_cli.ipynb #a6f7e696
 app = typer.Typer(
@@ -699,23 +699,6 @@ class WithoutBars:
         return len(text) if after or self.drawn else self.stream.write(text)
 
     def __getattr__(self, name): return getattr(self.stream, name)
-
-# %% ../nbs/apps/04_cli.ipynb #fa79100b
-KEPT = { # command -> what an interruption leaves; all others only read
-    "generate": "all images but those of the last minutes are kept",
-    "invert": "the state that the token was last saved in is kept",
-    "lora": "the state that the LoRA was last saved in is kept",
-    "transfer": "synthetic images, finished trainings and the last saved state of the one that was running are kept",
-    "verify": "shards that were made again are kept",
-    "datasets": "what was downloaded is kept",
-    "push": "the repository may be there already, and what was uploaded is found again"}
-
-# %% ../nbs/apps/04_cli.ipynb #b6e1b81b
-def interrupted(words: list[str]) -> str: # words: of the command line; one sentence
-    "What an interruption leaves, and how to go on."
-    kept = KEPT.get(words[0]) if words else None
-    if kept: return f"Interrupted: {kept}; run the same command again to resume."
-    return "Interrupted: nothing was changed; run the same command again."
 
 # %% ../nbs/apps/04_cli.ipynb #3111b65a
 def main(argv: list[str] | None = None) -> int: # exit code
