@@ -8,14 +8,16 @@ __all__ = ['app', 'COMPLETED', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device
            'Negative', 'FromReal', 'Between', 'Strength', 'Lora', 'LoraScale', 'Synthetic', 'FeaturesOf', 'Backbones',
            'Share', 'Threshold', 'Backbone', 'Given', 'NoImages', 'Hours', 'Kept', 'Pictures', 'Top', 'Batch', 'Row',
            'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'TOO_LITTLE', 'FEWER', 'SYSTEM', 'BUG', 'BROKEN_PIPE',
-           'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values', 'example', 'check',
-           'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer', 'predict',
-           'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'WithoutBars', 'main']
+           'finite', 'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values', 'example',
+           'check', 'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer',
+           'predict', 'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'WithoutBars',
+           'main']
 
 # %% ../nbs/apps/04_cli.ipynb #373bd560
 import errno, io, json, os, re, shlex, sys, traceback
 from contextlib import redirect_stderr
 from glob import escape, glob
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -34,6 +36,16 @@ def _argument(metavar: str, help: str, words=None): # words: what is typed so fa
 def _option(metavar: str, help: str, words=None):
     return typer.Option(metavar=metavar, help=help, autocompletion=words)
 def _flag(name: str, help: str): return typer.Option(name, help=help)
+
+# %% ../nbs/apps/04_cli.ipynb #a17f0002
+def finite(param: typer.CallbackParam, # an option
+           value: float | None, # None: it was not given
+          ) -> float | None:
+    "What was given, if it is a number; else a `ValueError`."
+    if value is None or isfinite(value): return value
+    raise ValueError(f"{param.opts[0]} is a finite number, got {value}: give another.")
+
+def _number(metavar: str, help: str): return typer.Option(metavar=metavar, help=help, callback=finite)
 
 # %% ../nbs/apps/04_cli.ipynb #d4da1001
 def setting_words(*keys: str) -> list[str]: # keys: of settings, "profile" or "device"
@@ -235,9 +247,9 @@ Suffix = Annotated[str, _option("TEXT", "after each prompt")]
 Negative = Annotated[str, _option("TEXT", "what no image should show")]
 FromReal = Annotated[int | None, _option("K", "start from K training images of each class (0: all): Real Guidance")]
 Between = Annotated[int | None, _option("K", "start from K training images of each other class: Diff-Mix, soft labels")]
-Strength = Annotated[float | None, _option("S", "with --from-real or --between: share of the steps that are run")]
+Strength = Annotated[float | None, _number("S", "with --from-real or --between: share of the steps that are run")]
 Lora = Annotated[str | None, _option("PATH", "adapt the model by this LoRA: a .safetensors file, or a folder")]
-LoraScale = Annotated[float, _option("S", "with --lora: how strongly; 0 changes nothing")]
+LoraScale = Annotated[float | None, _number("S", "with --lora: how strongly (default: 1); 0 changes nothing")]
 
 # %% ../nbs/apps/04_cli.ipynb #b89b270f
 def _prompts(names, images, device: str, templates, table, captions, negative: str, words: dict[str, str]):
@@ -265,6 +277,13 @@ def _from_real(run, style: bool, from_real: int | None, between: int | None, str
     if shots < 0: raise ValueError(f"The number of real images of each class is 0 (all) or more, got {shots}.")
     return replace(run, shots=shots, synthesis=synthesis)
 
+# %% ../nbs/apps/04_cli.ipynb #a17f0003
+def _scaled(lora: str | None, scale: float | None): # a LoRA and its scale; None: none
+    "What `--lora` and `--lora-scale` say."
+    if lora: return lora, 1. if scale is None else scale
+    if scale is not None: raise ValueError("--lora-scale says how strongly a LoRA counts: give --lora with it.")
+    return None
+
 # %% ../nbs/apps/04_cli.ipynb #00757dfe
 @app.command()
 def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model: Model = None,
@@ -273,7 +292,7 @@ def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
              templates: Templates = None, table: Table = None, captions: Captions = None, domain: Domain = "",
              prefix: Prefix = "", suffix: Suffix = "", negative: Negative = "",
              from_real: FromReal = None, between: Between = None, strength: Strength = None,
-             lora: Lora = None, lora_scale: LoraScale = 1., profile: Profile = None, as_json: AsJson = False) -> int:
+             lora: Lora = None, lora_scale: LoraScale = None, profile: Profile = None, as_json: AsJson = False) -> int:
     "Make the synthetic images of a dataset's classes."
     from bridgexfer.data.registry import dataset_info
     from bridgexfer.datasets import Dataset
@@ -281,6 +300,7 @@ def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     from bridgexfer.study.grid import subset
     study = _own_study(dataset, profile, settings, images=images, seeds=seeds, model=model)
     run = _from_real(own_runs(study, style)[1], style, from_real, between, strength)
+    adapter = _scaled(lora, lora_scale)
     _notice(study)
     look = style or captions or run.synthesis != "single" # at training images
     data = study.load(dataset) if look else Dataset(dataset_info(dataset), None, None)
@@ -289,7 +309,7 @@ def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     words = dict(domain=domain, prefix=prefix, suffix=suffix)
     prompts = _prompts(data.info.names, seen, device, templates, table, captions, negative, words)
     fields = dict(prompts=prompts) if strength is None else dict(prompts=prompts, strength=strength)
-    made = own_set(study, data, run, device, (lora, lora_scale) if lora else None, **fields)
+    made = own_set(study, data, run, device, adapter, **fields)
     if export: made.export(export, study.settings.images)
     value = {"folder": str(made.folder), "classes": len(made.spec.names), "per_class": made.per_class, "export": export}
     return _answer(0, value, f"{made}, exported to {export}" if export else str(made), as_json)
@@ -369,8 +389,8 @@ def _new_folder(path: str) -> Path:
     return out
 
 # %% ../nbs/apps/04_cli.ipynb #0d549f29
-Share = Annotated[float | None, _option("S", "keep this share of each class, those whose label is most probable")]
-Threshold = Annotated[float | None, _option("P", "keep the images whose label has at least this probability")]
+Share = Annotated[float | None, _number("S", "keep this share of each class, those whose label is most probable")]
+Threshold = Annotated[float | None, _number("P", "keep the images whose label has at least this probability")]
 
 @app.command()
 def curate(dataset: DatasetName, synthetic: Synthetic, share: Share = None, threshold: Threshold = None,
@@ -450,7 +470,7 @@ Given = Annotated[str | None, _option(
     "FOLDER", "use these images and generate none: a set of ours, or class folders, an image folder with metadata, "
     "Parquet or WebDataset files, from any generator")]
 NoImages = Annotated[bool, _flag("--no-images", "leave your images out of report.html")]
-Hours = Annotated[float | None, _option(
+Hours = Annotated[float | None, _number(
     "H", "measure this machine, and choose images, seeds and epochs so that all ends within H hours")]
 
 # %% ../nbs/apps/04_cli.ipynb #49ba4d49
