@@ -1001,6 +1001,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'bridgexfer.models.check_filled': ('library/models.html#check_filled', 'bridgexfer/models.py'),
                                    'bridgexfer.models.checked_step': ('library/models.html#checked_step', 'bridgexfer/models.py'),
                                    'bridgexfer.models.cpu_precision': ('library/models.html#cpu_precision', 'bridgexfer/models.py'),
+                                   'bridgexfer.models.drawing': ('library/models.html#drawing', 'bridgexfer/models.py'),
                                    'bridgexfer.models.draws_numbers': ('library/models.html#draws_numbers', 'bridgexfer/models.py'),
                                    'bridgexfer.models.family_of': ('library/models.html#family_of', 'bridgexfer/models.py'),
                                    'bridgexfer.models.find_family': ('library/models.html#find_family', 'bridgexfer/models.py'),
