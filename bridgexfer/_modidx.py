@@ -164,6 +164,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'bridgexfer.cli._result': ('apps/cli.html#_result', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._rows': ('apps/cli.html#_rows', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._run': ('apps/cli.html#_run', 'bridgexfer/cli.py'),
+                                'bridgexfer.cli._say_rounded': ('apps/cli.html#_say_rounded', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._scaled': ('apps/cli.html#_scaled', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._set_of': ('apps/cli.html#_set_of', 'bridgexfer/cli.py'),
                                 'bridgexfer.cli._study': ('apps/cli.html#_study', 'bridgexfer/cli.py'),

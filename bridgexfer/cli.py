@@ -94,7 +94,7 @@ def pair_words(incomplete: str) -> list[str]:
 # %% ../nbs/apps/04_cli.ipynb #c0709480
 DatasetName = Annotated[str, _argument("DATASET", "a folder of labelled images, or a registered name such as pets",
                                        dataset_words)]
-Count = Annotated[str | None, _option("N", "synthetic images of each class (default: profile's)")]
+Count = Annotated[str | None, _option("N", "synthetic images of each class, made 20 at a time (default: profile's)")]
 Seeds = Annotated[str | None, _option('"0 1 2"', "seeds, separated by blanks (default: profile's)")]
 Model = Annotated[str | None, _option("MODEL", "text-to-image model, a folder or id of diffusers (default: profile's)",
                                         words_of("model"))]
@@ -284,6 +284,14 @@ def _scaled(lora: str | None, scale: float | None): # a LoRA and its scale; None
     if scale is not None: raise ValueError("--lora-scale says how strongly a LoRA counts: give --lora with it.")
     return None
 
+# %% ../nbs/apps/04_cli.ipynb #a17f0005
+def _say_rounded(study) -> None:
+    "Say that more images are made than were asked for, if so."
+    from bridgexfer.generation import SynthesisSpec
+    asked, shard = study.settings.images, SynthesisSpec.shard
+    if not (more := -asked % shard): return
+    print(f"Images are made {shard} of each class at a time: {asked + more} instead of {asked}.", file=sys.stderr)
+
 # %% ../nbs/apps/04_cli.ipynb #00757dfe
 @app.command()
 def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model: Model = None,
@@ -302,6 +310,7 @@ def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     run = _from_real(own_runs(study, style)[1], style, from_real, between, strength)
     adapter = _scaled(lora, lora_scale)
     _notice(study)
+    _say_rounded(study)
     look = style or captions or run.synthesis != "single" # at training images
     data = study.load(dataset) if look else Dataset(dataset_info(dataset), None, None)
     device = _device(device)
@@ -500,6 +509,7 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     if hours is not None:
         fixed = _fixed(dataset, profile, settings, images=images, seeds=seeds)
         study, before = _budget(study, data, arch, hours, fixed, **how)
+    if not given: _say_rounded(study)
     chosen = _chosen(study, data, arch, before=before and before.searching, **how)
     outcome = compare_own(study, data, arch, chosen, before=before, **how)
     page = _page(outcome, study, folder, images=not no_images, **how)

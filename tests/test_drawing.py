@@ -1,4 +1,4 @@
-"""A user's model that opens and fails when it draws is wrong input; the miniature's failure, or the machine's, is not."""
+"""A user's model that opens and fails when it draws is wrong input; failures of the miniature or the machine are not."""
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("file", "values"), [
-    ("vae/config.json", {"scaling_factor": "0.18215"}), ("unet/config.json", {"flip_sin_to_cos": "no", "freq_shift": "x"}),
+    ("vae/config.json", {"scaling_factor": "0.18215"}),
+    ("unet/config.json", {"flip_sin_to_cos": "no", "freq_shift": "x"}),
     ("unet/config.json", {"norm_eps": "x"})])
 def test_a_model_that_opens_and_does_not_draw(model, file, values, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -38,4 +39,5 @@ def test_what_is_not_the_models_stays(error):
 def test_the_miniatures_failure_is_a_bug():
     error = KeyError("x")
     with pytest.raises(KeyError), drawing(SHIPPED): raise error
-    with pytest.raises(OSError, match="mine opens but does not draw .KeyError: 'x'.: compare"), drawing("mine"): raise error
+    said = "mine opens but does not draw .KeyError: 'x'.: compare"
+    with pytest.raises(OSError, match=said), drawing("mine"): raise error
