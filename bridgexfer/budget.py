@@ -29,7 +29,7 @@ from .datasets import Dataset
 from .finetune import finetune
 from .generation import plan, sample
 from .imported_sets import ImageSet
-from .models import load_pipeline
+from .models import drawing, load_pipeline
 from .own_images import PIPELINES_COMPARED, OutOfTime, own_runs, own_set
 from .report import seconds_text
 from .statistics import detectable
@@ -121,7 +121,7 @@ def generation_rate(study: Study, # of `own_study`
         sample(pipe, [r.prompt for r in rows], [r.seed for r in rows], spec)
         return time() - started
     few = replace(spec, steps=2)
-    took(few, rows[:1]) # memory is allocated, kernels are chosen
+    with drawing(spec.model): took(few, rows[:1]) # memory is allocated, kernels are chosen
     one = took(few, rows[:1])
     longer = spec.steps / few.steps
     if one * longer * len(rows) <= seconds: return len(rows) / took(spec, rows)

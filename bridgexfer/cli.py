@@ -8,18 +8,20 @@ __all__ = ['app', 'COMPLETED', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device
            'Negative', 'FromReal', 'Between', 'Strength', 'Lora', 'LoraScale', 'Synthetic', 'FeaturesOf', 'Backbones',
            'Share', 'Threshold', 'Backbone', 'Given', 'NoImages', 'Hours', 'Kept', 'Pictures', 'Top', 'Batch', 'Row',
            'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'TOO_LITTLE', 'FEWER', 'SYSTEM', 'BUG', 'BROKEN_PIPE',
-           'KEPT', 'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values', 'example',
+           'finite', 'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values', 'example',
            'check', 'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer',
            'predict', 'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'WithoutBars',
-           'interrupted', 'main']
+           'main']
 
 # %% ../nbs/apps/04_cli.ipynb #373bd560
 import errno, io, json, os, re, shlex, sys, traceback
 from contextlib import redirect_stderr
 from glob import escape, glob
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 import typer
+from .entry import KEPT, interrupted
 
 # %% ../nbs/apps/04_cli.ipynb #a6f7e696
 app = typer.Typer(
@@ -34,6 +36,16 @@ def _argument(metavar: str, help: str, words=None): # words: what is typed so fa
 def _option(metavar: str, help: str, words=None):
     return typer.Option(metavar=metavar, help=help, autocompletion=words)
 def _flag(name: str, help: str): return typer.Option(name, help=help)
+
+# %% ../nbs/apps/04_cli.ipynb #a17f0002
+def finite(param: typer.CallbackParam, # an option
+           value: float | None, # None: it was not given
+          ) -> float | None:
+    "What was given, if it is a number; else a `ValueError`."
+    if value is None or isfinite(value): return value
+    raise ValueError(f"{param.opts[0]} is a finite number, got {value}: give another.")
+
+def _number(metavar: str, help: str): return typer.Option(metavar=metavar, help=help, callback=finite)
 
 # %% ../nbs/apps/04_cli.ipynb #d4da1001
 def setting_words(*keys: str) -> list[str]: # keys: of settings, "profile" or "device"
@@ -82,7 +94,7 @@ def pair_words(incomplete: str) -> list[str]:
 # %% ../nbs/apps/04_cli.ipynb #c0709480
 DatasetName = Annotated[str, _argument("DATASET", "a folder of labelled images, or a registered name such as pets",
                                        dataset_words)]
-Count = Annotated[str | None, _option("N", "synthetic images of each class (default: profile's)")]
+Count = Annotated[str | None, _option("N", "synthetic images of each class, made 20 at a time (default: profile's)")]
 Seeds = Annotated[str | None, _option('"0 1 2"', "seeds, separated by blanks (default: profile's)")]
 Model = Annotated[str | None, _option("MODEL", "text-to-image model, a folder or id of diffusers (default: profile's)",
                                         words_of("model"))]
@@ -235,9 +247,9 @@ Suffix = Annotated[str, _option("TEXT", "after each prompt")]
 Negative = Annotated[str, _option("TEXT", "what no image should show")]
 FromReal = Annotated[int | None, _option("K", "start from K training images of each class (0: all): Real Guidance")]
 Between = Annotated[int | None, _option("K", "start from K training images of each other class: Diff-Mix, soft labels")]
-Strength = Annotated[float | None, _option("S", "with --from-real or --between: share of the steps that are run")]
+Strength = Annotated[float | None, _number("S", "with --from-real or --between: share of the steps that are run")]
 Lora = Annotated[str | None, _option("PATH", "adapt the model by this LoRA: a .safetensors file, or a folder")]
-LoraScale = Annotated[float, _option("S", "with --lora: how strongly; 0 changes nothing")]
+LoraScale = Annotated[float | None, _number("S", "with --lora: how strongly (default: 1); 0 changes nothing")]
 
 # %% ../nbs/apps/04_cli.ipynb #b89b270f
 def _prompts(names, images, device: str, templates, table, captions, negative: str, words: dict[str, str]):
@@ -265,6 +277,21 @@ def _from_real(run, style: bool, from_real: int | None, between: int | None, str
     if shots < 0: raise ValueError(f"The number of real images of each class is 0 (all) or more, got {shots}.")
     return replace(run, shots=shots, synthesis=synthesis)
 
+# %% ../nbs/apps/04_cli.ipynb #a17f0003
+def _scaled(lora: str | None, scale: float | None): # a LoRA and its scale; None: none
+    "What `--lora` and `--lora-scale` say."
+    if lora: return lora, 1. if scale is None else scale
+    if scale is not None: raise ValueError("--lora-scale says how strongly a LoRA counts: give --lora with it.")
+    return None
+
+# %% ../nbs/apps/04_cli.ipynb #a17f0005
+def _say_rounded(study) -> None:
+    "Say that more images are made than were asked for, if so."
+    from bridgexfer.generation import SynthesisSpec
+    asked, shard = study.settings.images, SynthesisSpec.shard
+    if not (more := -asked % shard): return
+    print(f"Images are made {shard} of each class at a time: {asked + more} instead of {asked}.", file=sys.stderr)
+
 # %% ../nbs/apps/04_cli.ipynb #00757dfe
 @app.command()
 def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model: Model = None,
@@ -273,7 +300,7 @@ def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
              templates: Templates = None, table: Table = None, captions: Captions = None, domain: Domain = "",
              prefix: Prefix = "", suffix: Suffix = "", negative: Negative = "",
              from_real: FromReal = None, between: Between = None, strength: Strength = None,
-             lora: Lora = None, lora_scale: LoraScale = 1., profile: Profile = None, as_json: AsJson = False) -> int:
+             lora: Lora = None, lora_scale: LoraScale = None, profile: Profile = None, as_json: AsJson = False) -> int:
     "Make the synthetic images of a dataset's classes."
     from bridgexfer.data.registry import dataset_info
     from bridgexfer.datasets import Dataset
@@ -281,7 +308,9 @@ def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     from bridgexfer.study.grid import subset
     study = _own_study(dataset, profile, settings, images=images, seeds=seeds, model=model)
     run = _from_real(own_runs(study, style)[1], style, from_real, between, strength)
+    adapter = _scaled(lora, lora_scale)
     _notice(study)
+    _say_rounded(study)
     look = style or captions or run.synthesis != "single" # at training images
     data = study.load(dataset) if look else Dataset(dataset_info(dataset), None, None)
     device = _device(device)
@@ -289,7 +318,7 @@ def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     words = dict(domain=domain, prefix=prefix, suffix=suffix)
     prompts = _prompts(data.info.names, seen, device, templates, table, captions, negative, words)
     fields = dict(prompts=prompts) if strength is None else dict(prompts=prompts, strength=strength)
-    made = own_set(study, data, run, device, (lora, lora_scale) if lora else None, **fields)
+    made = own_set(study, data, run, device, adapter, **fields)
     if export: made.export(export, study.settings.images)
     value = {"folder": str(made.folder), "classes": len(made.spec.names), "per_class": made.per_class, "export": export}
     return _answer(0, value, f"{made}, exported to {export}" if export else str(made), as_json)
@@ -369,8 +398,8 @@ def _new_folder(path: str) -> Path:
     return out
 
 # %% ../nbs/apps/04_cli.ipynb #0d549f29
-Share = Annotated[float | None, _option("S", "keep this share of each class, those whose label is most probable")]
-Threshold = Annotated[float | None, _option("P", "keep the images whose label has at least this probability")]
+Share = Annotated[float | None, _number("S", "keep this share of each class, those whose label is most probable")]
+Threshold = Annotated[float | None, _number("P", "keep the images whose label has at least this probability")]
 
 @app.command()
 def curate(dataset: DatasetName, synthetic: Synthetic, share: Share = None, threshold: Threshold = None,
@@ -451,7 +480,7 @@ Given = Annotated[str | None, _option(
     "FOLDER", "use these images and generate none: a set of ours, or class folders, an image folder with metadata, "
     "Parquet or WebDataset files, from any generator")]
 NoImages = Annotated[bool, _flag("--no-images", "leave your images out of report.html")]
-Hours = Annotated[float | None, _option(
+Hours = Annotated[float | None, _number(
     "H", "measure this machine, and choose images, seeds and epochs so that all ends within H hours")]
 
 # %% ../nbs/apps/04_cli.ipynb #49ba4d49
@@ -481,6 +510,7 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     if hours is not None:
         fixed = _fixed(dataset, profile, settings, images=images, seeds=seeds)
         study, before = _budget(study, data, arch, hours, fixed, **how)
+    if not given: _say_rounded(study)
     chosen = _chosen(study, data, arch, before=before and before.searching, **how)
     outcome = compare_own(study, data, arch, chosen, before=before, **how)
     page = _page(outcome, study, folder, images=not no_images, **how)
@@ -700,23 +730,6 @@ class WithoutBars:
         return len(text) if after or self.drawn else self.stream.write(text)
 
     def __getattr__(self, name): return getattr(self.stream, name)
-
-# %% ../nbs/apps/04_cli.ipynb #fa79100b
-KEPT = { # command -> what an interruption leaves; all others only read
-    "generate": "all images but those of the last minutes are kept",
-    "invert": "the state that the token was last saved in is kept",
-    "lora": "the state that the LoRA was last saved in is kept",
-    "transfer": "synthetic images, finished trainings and the last saved state of the one that was running are kept",
-    "verify": "shards that were made again are kept",
-    "datasets": "what was downloaded is kept",
-    "push": "the repository may be there already, and what was uploaded is found again"}
-
-# %% ../nbs/apps/04_cli.ipynb #b6e1b81b
-def interrupted(words: list[str]) -> str: # words: of the command line; one sentence
-    "What an interruption leaves, and how to go on."
-    kept = KEPT.get(words[0]) if words else None
-    if kept: return f"Interrupted: {kept}; run the same command again to resume."
-    return "Interrupted: nothing was changed; run the same command again."
 
 # %% ../nbs/apps/04_cli.ipynb #3111b65a
 def main(argv: list[str] | None = None) -> int: # exit code

@@ -36,7 +36,7 @@ from .generation import check_family, check_lengths, check_model, check_whole, e
 from .generation import plan, sample_later, sentences_of, split_weights, takes_loop, try_compiled
 from .images import SMALL, Images, Parts, SoftImages, decode_into, file_array, files_of, in_order, mapped
 from .images import store
-from .models import AtOnce, adapted, find_family, find_weights, licence_of, load_pipeline, load_token
+from .models import AtOnce, adapted, drawing, find_family, find_weights, licence_of, load_pipeline, load_token
 from .models import lora_files, lora_name, runs_on
 if TYPE_CHECKING: import diffusers, huggingface_hub, torch
 
@@ -262,8 +262,9 @@ def embedded(pipe: "diffusers.DiffusionPipeline", # from `open_for`
     "Embeddings in the batches of an undisturbed run, on which their last bits depend."
     cache = {}
     for at in range(0, len(rows) if takes_loop(pipe) else 0, spec.batch):
-        embed(pipe, [r.prompt for r in rows[at:at + spec.batch]], cache)
-        embed(pipe, [negative_of(spec)], cache)
+        with drawing(spec.model):
+            embed(pipe, [r.prompt for r in rows[at:at + spec.batch]], cache)
+            embed(pipe, [negative_of(spec)], cache)
     return cache
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #66191a05
@@ -299,7 +300,11 @@ def sample_rows(spec: SynthesisSpec, # the set
                ) -> Callable[[], np.ndarray]: # waits for (n, size, size, 3) uint8
     "The images of some rows, on their way."
     real = init_images and init_images.squares(spec.size, init_images_of(spec, rows, init_images))
-    return sample_later(pipe, [r.prompt for r in rows], [r.seed for r in rows], spec, cache, real, fits)
+    with drawing(spec.model):
+        wait = sample_later(pipe, [r.prompt for r in rows], [r.seed for r in rows], spec, cache, real, fits)
+    def images():
+        with drawing(spec.model): return wait()
+    return images
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #ed5fe300
 def _encode(batch: Future, # of images, which is done
@@ -385,9 +390,10 @@ def open_for(spec: SynthesisSpec, # the set
                              "make a new spec with synthesis_spec.")
         check_family(find_family(spec.model), spec) # before its weights are fetched
         pipe = load_pipeline(spec.model, spec.precision, device, spec.offload)
-    check_model(pipe, spec)
-    add_token(pipe, spec)
-    check_lengths(pipe, all_prompts(spec)) # before the first image and not after hours
+    with drawing(spec.model):
+        check_model(pipe, spec)
+        add_token(pipe, spec)
+        check_lengths(pipe, all_prompts(spec)) # before the first image and not after hours
     return pipe
 
 # %% ../nbs/library/08_synthetic_sets.ipynb #94cd2653

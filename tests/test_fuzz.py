@@ -42,7 +42,7 @@ EXAMPLES = 100 # of the suite
 LONGEST = 120 # seconds of a command, after which it is interrupted as by Ctrl-C
 COMMANDS = tuple(c.callback.__name__ for c in app.registered_commands)
 CODES = {0, 1, 2, 130}
-CODE = 'import sys; from bridgexfer.cli import main; sys.exit(main())'
+CODE = 'import sys; from bridgexfer.entry import main; sys.exit(main())'
 
 
 # ---- odd folders
@@ -441,7 +441,7 @@ def elsewhere(rng, line, seconds):
     if any("\0" in word for word in line): return call(line, seconds)
     done = subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **variables}, preexec_fn=start,
                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try: out, err = done.communicate(timeout=max(seconds, 20)) # before its imports are done, it is no command yet
+    try: out, err = done.communicate(timeout=max(seconds, 2)) # until Python has started, nothing of ours runs
     except subprocess.TimeoutExpired:
         done.send_signal(signal.SIGINT)
         out, err = done.communicate()
