@@ -27,8 +27,8 @@ from .artefacts import STATE, atomic, found_or_made, provenance, read_tensors, s
 from .generation import check_choice, check_lengths, check_whole, embed
 from .images import Images
 from .models import ADAPTER, LORA_FILE, LORA_RECORD, SHIPPED, AtOnce, Family, adapter_weights, checked_step
-from .models import family_of, find_family, find_weights, gradient_scaler, gradients_in_parts, lora_digest
-from .models import precision_on, why_not_adapted
+from .models import drawing, family_of, find_family, find_weights, gradient_scaler, gradients_in_parts
+from .models import lora_digest, precision_on, why_not_adapted
 from .style_inversion import AUTOCAST, arithmetic, frozen, latent_moments, loss_curve, noise_error
 from .style_inversion import noise_schedule, noisy, open_model, saving
 if TYPE_CHECKING: import diffusers
@@ -406,5 +406,6 @@ def adapt(spec: LoraSpec,
         check_lora_images(spec, images)
         check_adapts(family_of(pipe) if pipe else find_family(model)) # before weights are fetched
         opened = pipe or open_model(spec, model, device)
-        return build_lora(spec, folder, images, Path(moments or Path(root)/"moments"), opened, label, every)
+        kept = Path(moments or Path(root)/"moments")
+        with drawing(model): return build_lora(spec, folder, images, kept, opened, label, every)
     return found_or_made(root, spec, LORA_RECORD, build)

@@ -26,9 +26,9 @@ from tqdm import tqdm
 from .artefacts import STATE, atomic, found_or_made, provenance, read_tensors, spec_hash, stable_hash
 from .generation import AT_ONCE, check_choice, check_lengths, check_whole, embed, encode, make_scheduler
 from .images import Images
-from .models import PRECISIONS, SHIPPED, TOKENS_FILE, AtOnce, Family, checked_step, family_of, find_family
-from .models import find_weights, gradient_scaler, gradients_in_parts, images_within, in_batches
-from .models import load_pipeline, precision_on, why_not_inverted
+from .models import PRECISIONS, SHIPPED, TOKENS_FILE, AtOnce, Family, checked_step, drawing, family_of
+from .models import find_family, find_weights, gradient_scaler, gradients_in_parts, images_within
+from .models import in_batches, load_pipeline, precision_on, why_not_inverted
 from .prompts import SINGLE_TEMPLATE, templates
 if TYPE_CHECKING: import diffusers
 
@@ -460,7 +460,8 @@ def invert(spec: InversionSpec,
         check_inverts(family_of(opened)) # before images are encoded
         path = folder/STATE
         state = read_tensors(path) if path.exists() else fresh_state(spec, opened)
-        if spec.steps: train_tokens(spec, state, images, Path(root), opened, label, every)
+        with drawing(model):
+            if spec.steps: train_tokens(spec, state, images, Path(root), opened, label, every)
         return save_tokens(spec, folder, state, opened.device, started)
     return found_or_made(root, spec, "inversion.json", build)
 

@@ -1,4 +1,4 @@
-"""A user's model that opens and fails when it draws is wrong input; failures of the miniature or the machine are not."""
+"""A model of the user's that opens and does not draw is wrong input; failures of ours or of the machine are not."""
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +25,17 @@ def test_a_model_that_opens_and_does_not_draw(model, file, values, tmp_path, mon
     assert main(words) == 2 and not list(tmp_path.rglob("shard-*.parquet"))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bridgexfer: ")]
     assert len(said) == 1 and f"{folder} opens but does not draw (TypeError: " in said[0]
+
+
+@pytest.mark.parametrize("command", ["invert", "lora"])
+def test_a_model_that_opens_and_does_not_learn(model, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    folder = Path(shutil.copytree(model, tmp_path/"mine"))
+    config = folder/"vae/config.json"
+    config.write_text(json.dumps({**read_json(config), "scaling_factor": "0.18215"}))
+    small = ["digits", "--profile", "smoke", "--set", f"runs={tmp_path}/runs"]
+    assert main([command, *small, "--model", str(folder)]) == 2
+    assert f"{folder} opens but does not draw (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [
