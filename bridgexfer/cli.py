@@ -21,7 +21,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Annotated
 import typer
-from .entry import KEPT, interrupted
+from .interruptions import interrupted
 
 # %% ../nbs/apps/04_cli.ipynb #a6f7e696
 app = typer.Typer(

@@ -1,4 +1,4 @@
-"""A user's model that opens and fails when it draws is wrong input; failures of the miniature or the machine are not."""
+"""A user's model that opens and fails when it draws is wrong input; those of the miniature or the machine are not."""
 import json
 import shutil
 from pathlib import Path

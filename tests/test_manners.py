@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from tqdm import tqdm
 
-from bridgexfer.cli import KEPT, WithoutBars, _answer, _rows, app, interrupted, main
+from bridgexfer.cli import WithoutBars, _answer, _rows, app, main
+from bridgexfer.interruptions import KEPT, interrupted
 
 ROOT = Path(__file__).parents[1]
 
