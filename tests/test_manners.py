@@ -8,7 +8,7 @@ import pytest
 from tqdm import tqdm
 
 from bridgexfer.cli import WithoutBars, _answer, _rows, app, main
-from bridgexfer.entry import KEPT, interrupted
+from bridgexfer.interruptions import KEPT, interrupted
 
 ROOT = Path(__file__).parents[1]
 

@@ -249,7 +249,8 @@ def choice_table() -> pd.DataFrame: # part, choice, value, source, reason, where
     return pd.DataFrame(rows)
 
 # %% ../../nbs/study/10_choices.ipynb #2d3e7da6
-def here(skip: tuple[str, ...] = ("own_images", "classifier", "report", "budget", "cli"), # modules of the apps
+def here(skip: tuple[str, ...] = ("own_images", "classifier", "report", "budget", "cli",
+                                 "entry", "interruptions"), # modules of the apps
         ) -> Iterator[tuple[str, Any]]: # its name below the package, and the module
     "The modules of this package."
     for found in walk_packages(bridgexfer.__path__, f"{bridgexfer.__name__}."):
