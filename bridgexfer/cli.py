@@ -469,8 +469,8 @@ def _budget(study, data, arch: str, hours: float, fixed: frozenset[str], style: 
 def _warn_of_cpu(study, device: str) -> None:
     "Say that a profile for a GPU runs without one."
     if device != "cpu" or not study.settings.gpu: return
-    print(f"Warning: the profile {study.settings.profile} is made for a GPU, and on a CPU it may take weeks. "
-          "`--profile miniature` tries everything with the small models that come with the package.", file=sys.stderr)
+    print(f"Warning: the profile {study.settings.profile} is made for a GPU, and on a CPU it may take weeks.",
+          file=sys.stderr)
 
 # %% ../nbs/apps/05_cli.ipynb #a6ec1d6d
 Backbone = Annotated[str | None, _option(

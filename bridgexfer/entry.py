@@ -13,7 +13,7 @@ from .interruptions import interrupted
 def main() -> int: # exit code: of the command, or 130
     "Run the command line; Ctrl-C while it is imported is a sentence too."
     try:
-        from .cli import main as run
+        from bridgexfer.cli import main as run
         return run()
     except KeyboardInterrupt:
         print(interrupted(sys.argv[1:]), file=sys.stderr)
