@@ -196,7 +196,8 @@ def test_the_next_call_goes_on_with_the_same_plan(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("options", "said"), [
     (["--hours", "0"], "a number of hours above 0"), (["--hours", "nan"], "a finite number, got nan"),
-    (["--hours", "inf"], "a finite number, got inf"), (["--hours", "1e9"], "above 0, up to 100,000"), (["--hours", "soon"], "a valid number")])
+    (["--hours", "inf"], "a finite number, got inf"), (["--hours", "1e9"], "above 0, up to 100,000"),
+    (["--hours", "soon"], "a valid number")])
 def test_wrong_budgets_are_one_sentence(options, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["transfer", "digits", "--profile", "miniature", *options]) == 2
