@@ -65,11 +65,11 @@ datasets: $(STAMP) ## the paper's ten datasets: found or not, and what to do; FE
 	@$(RUN) bridgexfer datasets $(if $(strip $(PROFILE)),--profile "$(strip $(PROFILE))") $(if $(strip $(FETCH)),--fetch $(FETCH))
 
 test: .venv/.test ## modules, notebooks and the core of the study (about 10 minutes on two cores)
-	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)
+	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 test-all: .venv/.test .venv/.docs ## the same, and every job and paper notebook, faults, a model of full size, a SLURM, the site in a browser (an hour on two cores)
 	@bash .ci/extras
-	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 fuzz: .venv/.test ## odd folders, settings and words for MINUTES=60: a command ends in a sentence and loses nothing
 	@$(RUN) BRIDGEXFER_FUZZ_MINUTES="$(strip $(MINUTES))" python -m pytest -s -n 0 tests/test_fuzz.py $(ARGS)

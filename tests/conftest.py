@@ -44,3 +44,11 @@ def pytest_runtest_protocol(item):
         seconds = processor_seconds() - before + dict(item.user_properties).get("elsewhere", 0)
         with open(times, "a") as f: f.write(f'"{item.nodeid}",{seconds:.1f}\n')
     return result
+
+
+# ---- the longest files first, so that no process waits for them at the end
+
+LONGEST = ("test_slurm.py", "test_project.py", "test_jobs.py", "test_site.py")
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
