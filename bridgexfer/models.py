@@ -298,8 +298,7 @@ def drawing(model: str, # as it was asked for
            ) -> Iterator[None]:
     "What goes wrong while a model of the user's draws becomes an `OSError` that names the model."
     try: yield
-    except (ValueError, OSError, ArithmeticError, MemoryError): raise # which have their sentence
-    except Exception as e: # a configuration that does not fit makes diffusers and torch fail in any way
+    except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError) as e: # a wrong configuration
         if model == SHIPPED or re.search(NOT_THE_MODEL, str(e)): raise
         first = (str(e).splitlines() or [""])[0].rstrip(" .:")
         raise OSError(f"The text-to-image model {model} opens but does not draw ({type(e).__name__}: {first}): compare "

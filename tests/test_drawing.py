@@ -8,6 +8,7 @@ import pytest
 from bridgexfer.artefacts import read_json
 from bridgexfer.cli import main
 from bridgexfer.models import SHIPPED, drawing
+from bridgexfer.own_images import OutOfTime
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +42,7 @@ def test_a_model_that_opens_and_does_not_learn(model, command, tmp_path, monkeyp
 @pytest.mark.parametrize("error", [
     MemoryError(), RuntimeError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), ValueError("ours"), FloatingPointError("not finite"),
-    KeyboardInterrupt()])
+    KeyboardInterrupt(), OutOfTime("The time is over.")])
 def test_what_is_not_the_models_stays(error):
     with pytest.raises(type(error)) as e, drawing("mine"): raise error
     assert e.value is error
