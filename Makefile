@@ -32,7 +32,7 @@ CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
 WORKFLOW = $(RUN) snakemake --profile profiles/$(strip $(ON))
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG)) $(SNAKEMAKE_ARGS)
 
-.PHONY: help env study paper beyond plan provenance tune datasets test test-all fuzz check lab docs docs-serve readme outputs cost bench miniature clean
+.PHONY: help env study paper beyond plan provenance tune datasets test test-all fuzz check lab docs docs-serve readme outputs cost bench miniature checkpoints clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -133,6 +133,14 @@ miniature: $(STAMP) ## train the shipped weights again (hours on two cores); eve
 	$(call build,03_unet,10000)
 	$(call build,04_backbones,1500)
 	$(call build,05_generator)
+
+# A tiny Stable Diffusion as the shipped one, in half the steps; and what classifiers learn from it before it is trained to the end.
+CHECKPOINTS = 150 300 600 1200 2500 5000
+checkpoints: $(STAMP) ## the tiny Stable Diffusion along its training: do better pictures make better classifiers? (an hour on two cores)
+	@mkdir -p runs/checkpoints && $(RUN) papermill --engine ipc --log-output nbs/miniature/03_unet.ipynb runs/checkpoints/03_unet.ipynb \
+	  -p out "$(CURDIR)/runs/checkpoints" -p images $(WEB_IMAGES) -p steps $(lastword $(CHECKPOINTS)) -p kept "$(CHECKPOINTS)"
+	@mkdir -p runs/miniature/notebooks && $(RUN) papermill --engine ipc --log-output nbs/paper/beyond_checkpoints.ipynb \
+	  runs/miniature/notebooks/beyond_checkpoints.ipynb -p profile miniature -p checkpoints "$(CURDIR)/runs/checkpoints/checkpoints"
 
 clean: ## remove the environment, not the runs
 	rm -rf .venv .uv

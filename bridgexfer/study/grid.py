@@ -877,7 +877,7 @@ class Page:
     "A table or figure of the study."
     name: str # of its notebook in nbs/paper
     reads: tuple[str, ...] = () # folders of manifests, or `generate/` and a group of sets
-    target: str = "paper" # what makes it: `make study`, `make paper`, `make beyond`, or learning_rates for `make tune`
+    target: str = "paper" # what makes it, as in `make paper`; learning_rates for `make tune`
     full_shot: tuple[str, ...] = () # pipelines whose full-shot runs it compares
     files: tuple[str, ...] = () # that it leaves; none named: a table and a figure of its name
     every_setting: bool = False # it lists the settings of all profiles
@@ -906,6 +906,7 @@ PAGES = (
     Page("control_inversion", ("style", "alignment")), Page("control_distance", ("alignment",)),
     Page("beyond_generation", ("beyond_generation", "set_metrics"), target="beyond"),
     Page("beyond_use", ("beyond_use", "beyond_tune"), target="beyond"),
+    Page("beyond_checkpoints", target="checkpoints"),
 )
 
 # %% ../../nbs/study/02_grid.ipynb #267ba3b6
