@@ -1,4 +1,7 @@
 """What several test files share."""
+import csv
+from pathlib import Path
+
 import pytest
 from warm import processor_seconds
 
@@ -46,9 +49,21 @@ def pytest_runtest_protocol(item):
     return result
 
 
-# ---- the longest files first, so that no process waits for them at the end
+# ---- the longest files first, so that no process waits for them at the end; and what `make test` leaves to others
 
 LONGEST = ("test_slurm.py", "test_project.py", "test_jobs.py", "test_site.py")
+TIMES = Path(__file__).with_name("times.csv")
+HEAVY = 5 # processor seconds from which a test is `heavy`
 
+def times_of(path): # nodeid -> processor seconds; short tests are not in it
+    "The committed times of tests."
+    with open(path, encoding="utf-8", newline="") as f:
+        return {row["test"]: float(row["processor_seconds"]) for row in csv.DictReader(f)}
+
+
+@pytest.hookimpl(tryfirst=True) # before `-m` looks at marks
 def pytest_collection_modifyitems(items):
+    times = times_of(TIMES)
+    for item in items:
+        if times.get(item.nodeid, 0) >= HEAVY: item.add_marker(pytest.mark.heavy)
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
