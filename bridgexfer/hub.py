@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ANSWERS', 'STATUSES', 'INSTEAD', 'NETWORK', 'DISK', 'UNKNOWN', 'FAULTS', 'Fault', 'find_fault', 'said_by_hub',
-           'time_limits', 'fetch', 'fetch_file', 'is_listed', 'fetch_folder', 'commit_of']
+           'time_limits', 'plain_retries', 'fetch', 'fetch_file', 'is_listed', 'fetch_folder', 'commit_of']
 
 # %% ../nbs/library/05_hub.ipynb #bf98bc77
 import errno
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -175,6 +176,21 @@ def time_limits() -> Iterator[None]:
     try: yield
     finally: session.event_hooks = hooks
 
+# %% ../nbs/library/05_hub.ipynb #a003a8a1
+def _plain(record: logging.LogRecord) -> bool: # whether it is printed
+    "Says in the user's words that a request is repeated."
+    found = re.search(r"(?:Retrying in|Waiting) ([\d.]+)s.*Retry (\d+)/(\d+)", record.getMessage())
+    if found: record.msg, record.args = "No answer from the hub, trying again in %s seconds (%s of %s)", found.groups()
+    return bool(found) or "thrown while requesting" not in record.getMessage()
+
+@contextmanager
+def plain_retries() -> Iterator[None]:
+    "One plain line for each request that is repeated; afterwards as before."
+    log = logging.getLogger("huggingface_hub.utils._http")
+    log.addFilter(_plain)
+    try: yield
+    finally: log.removeFilter(_plain)
+
 # %% ../nbs/library/05_hub.ipynb #88614d7e
 def _cached(get: Callable[..., str | Path]) -> Path | None: # as in `fetch`; None: the cache lacks something
     try: return Path(get(local_files_only=True))
@@ -188,7 +204,7 @@ def fetch(get: Callable[..., str | Path], # a download that takes `local_files_o
     "Fetch a file or a folder from the hub unless the cache has it; an `OSError` says why neither could."
     if settled and (found := _cached(get)): return found
     try:
-        with time_limits(): return Path(get())
+        with time_limits(), plain_retries(): return Path(get())
     except Exception as e: # errors of HTTP clients, and of code that did not expect what came instead of an answer
         if found := _cached(get): return found
         raise OSError(said_by_hub(e, name)) from e

@@ -1,4 +1,5 @@
 """Models from the hub, on a stand-in of it: what is fetched, how often it is asked, and every way in which it fails."""
+import logging
 import os
 import re
 import shutil
@@ -9,7 +10,7 @@ import pytest
 import requests
 from huggingface_hub.errors import FileMetadataError, LocalEntryNotFoundError
 
-from bridgexfer.hub import FAULTS, UNKNOWN, find_fault, said_by_hub
+from bridgexfer.hub import FAULTS, UNKNOWN, find_fault, plain_retries, said_by_hub
 from bridgexfer.models import find_weights
 from hub import WAIT, Client, Fault, Hub, Repository
 from hub_models import CLIP, CLIP_COMMIT, RESNET, SD, SD_COMMIT, clip, resnet18, shipped, stable_diffusion
@@ -320,3 +321,15 @@ def test_a_digest_counts_weights_and_configurations(tmp_path):
     assert find_weights(str(tmp_path)) == find_weights("miniature")
     (tmp_path/"unet/config.json").write_bytes(b"{}")
     assert find_weights(str(tmp_path)) != find_weights("miniature")
+
+
+def test_a_request_that_is_repeated_is_one_plain_line(caplog):
+    library = logging.getLogger("huggingface_hub.utils._http")
+    with plain_retries():
+        library.warning("'[Errno -2] …' thrown while requesting HEAD https://hub/model.safetensors")
+        library.warning("Retrying in 8s [Retry 4/5].")
+        library.warning("Rate limited. Waiting 31.0s before retry [Retry 1/5].")
+    library.warning("Retrying in 8s [Retry 5/5].")
+    assert caplog.messages == ["No answer from the hub, trying again in 8 seconds (4 of 5)",
+                               "No answer from the hub, trying again in 31.0 seconds (1 of 5)",
+                               "Retrying in 8s [Retry 5/5]."]
