@@ -2,7 +2,8 @@
 import pytest
 
 from bridgexfer.cli import main
-from bridgexfer.study.costs import job_hours, require_rates, work_text
+from bridgexfer.data.archives import ARCHIVES
+from bridgexfer.study.costs import disk_of, job_hours, more_lines, require_rates, work_text
 from bridgexfer.study.grid import Study, check_stored, rates_of
 
 DINO = "vit_small_patch14_dinov2.lvd142m"
@@ -61,3 +62,14 @@ def test_what_will_run_is_counted():
     assert f"about {hours[[*core]].sum():,.2f} H100-hours" in work_text(study, core)
     assert f"{len(every)} jobs" in work_text(study, every) and "On cpu" in work_text(study, every)
     assert "1 job, 0 images" in work_text(study, {"alignment/pets-clip"})
+
+
+def test_the_plan_counts_what_is_kept_besides_generated_images():
+    study = Study("paper", lr="0.1")
+    rates = rates_of(study)
+    [real, latents] = disk_of(study, rates).values()
+    assert real == sum(a.train + a.test for a in ARCHIVES.values()) * rates.image_bytes / 1e9
+    styled = ("aircraft", "cars", "dtd", "food", "sun397")
+    assert latents == sum(ARCHIVES[name].train for name in styled) * 64 * 64 * 8 * 4 / 1e9
+    said = "\n".join(more_lines(study, rates))
+    assert f"Besides {real:,.3g} GB of real images and {latents:,.3g} GB of latents" in said
