@@ -73,3 +73,28 @@ def test_the_plan_counts_what_is_kept_besides_generated_images():
     assert latents == sum(ARCHIVES[name].train for name in styled) * 64 * 64 * 8 * 4 / 1e9
     said = "\n".join(more_lines(study, rates))
     assert f"Besides {real:,.3g} GB of real images and {latents:,.3g} GB of latents" in said
+
+
+# ---- what it waits for
+
+def reached(study, target):
+    "The jobs that the pages of a target need, by their keys."
+    jobs = {job.key: job for job in study.jobs()}
+    read = {manifest for page in study.pages_of(target) for manifest in study.manifests(*page.reads)}
+    todo = [job.key for job in jobs.values() if job.manifest in read]
+    found = set()
+    while todo:
+        key = todo.pop()
+        if key not in found: todo += [k for m in jobs[key].inputs for k in jobs if k == m or jobs[k].manifest == m]
+        found.add(key)
+    return found
+
+
+@pytest.mark.parametrize(("profile", "settings"), [
+    ("miniature", {}), ("evening", {}), ("paper", {}), ("evening", dict(sweep_images=10, images=10, volumes="10 20"))])
+def test_the_paper_waits_for_nothing_that_make_beyond_alone_needs(profile, settings):
+    study = Study(profile, lr="0.1", **settings)
+    paper = reached(study, "paper")
+    assert not [key for key in paper if "beyond" in key]
+    assert {job.key for job in study.jobs() if job.rule == "invert" and "beyond" not in job.key} <= paper
+    assert any(key.startswith("invert/beyond_lora") for key in reached(study, "beyond"))

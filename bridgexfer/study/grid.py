@@ -272,6 +272,7 @@ class Sets(SetKeys):
         "The group that a run's set is made in."
         if (key := self.set_key(run)) is None: return None
         group, of = self._group(run, dataset)
+        if self.all_sets.get((group, of), {}).get(key, 0) >= self.drawn(run): return group, of # it is large enough
         beyond = f"beyond_{group}", of
         return beyond if key in self.all_sets.get(beyond, {}) else (group, of)
 
@@ -995,7 +996,8 @@ class Study(Results):
 
     def manifests(self, *reads: str) -> list[str]: # as in `Page.reads`
         "What the jobs of some folders or groups leave."
-        def fits(job, word): return job.folder == word or job.manifest.startswith(f"{word}-")
+        def later(job): return job.rule == "invert" and job.name.startswith("beyond_") # for `make beyond` alone
+        def fits(job, word): return job.folder == word and not later(job) or job.manifest.startswith(f"{word}-")
         return list(dict.fromkeys(job.manifest for word in reads for job in self._jobs if fits(job, word)))
 
     def pages(self) -> list[Page]:
