@@ -69,7 +69,7 @@ def test_the_plan_counts_what_is_kept_besides_generated_images():
     rates = rates_of(study)
     [real, latents] = disk_of(study, rates).values()
     assert real == sum(a.train + a.test for a in ARCHIVES.values()) * rates.image_bytes / 1e9
-    styled = ("aircraft", "cars", "dtd", "food", "sun397")
+    styled = ("aircraft", "cars", "dtd", "food", "sun397", "caltech101", "flowers")
     assert latents == sum(ARCHIVES[name].train for name in styled) * 64 * 64 * 8 * 4 / 1e9
     said = "\n".join(more_lines(study, rates))
     assert f"Besides {real:,.3g} GB of real images and {latents:,.3g} GB of latents" in said
