@@ -3,8 +3,8 @@
 # A job runs again when its inputs or its state change, never because of prose, and then finds its records.
 import os, sys, time
 from snakemake.exceptions import WorkflowError
-from bridgexfer.study.grid import Study, gather_parts, job_command, job_state, near, page_command, page_state, patterns, resources
-from bridgexfer.study.costs import require_data, require_gpu, require_rates
+from bridgexfer.study.grid import Study, check_stored, gather_parts, job_command, job_state, near, page_command, page_state, patterns, resources
+from bridgexfer.study.costs import require_data, require_gpu, require_rates, work_text
 from bridgexfer.study.workflow import begin, failures, failures_text
 
 def said(make): # what a user can cause, in one sentence without a traceback
@@ -13,6 +13,7 @@ def said(make): # what a user can cause, in one sentence without a traceback
 
 study = said(lambda: Study(config.get("profile"), **{k: v for k, v in config.items() if k != "profile"}))
 JOBS = said(lambda: {job.key: job for job in study.jobs()})
+said(lambda: check_stored(study.settings, study.all_archs))
 RUNS, FIGURES = near(study.runs_dir), near(study.figures_dir)
 BEGAN, LOCK = time.time(), [] # the lock's file is open as long as this process lives
 if {"study", "paper", "beyond", "jobs"} & {*sys.argv}: said(lambda: require_rates(study))
@@ -23,6 +24,9 @@ onstart: # not in a dry run
     said(lambda: require_data(study))
     on_gpu = any(job.resources.get("gpu") for job in workflow.dag.needrun_jobs())
     if workflow.local_exec and on_gpu: said(lambda: require_gpu(study))
+    made = {str(file) for job in workflow.dag.needrun_jobs() for file in job.output}
+    if todo := [key for key in JOBS if f"{RUNS}/{key}.json" in made]:
+        print(work_text(study, todo, None if workflow.local_exec else "the cluster"), file=sys.stderr)
     os.makedirs(f"{RUNS}/notebooks", exist_ok=True)
 
 onerror: print(failures_text(failures(RUNS, BEGAN)), file=sys.stderr) # one line of cause for each job that failed

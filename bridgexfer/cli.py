@@ -494,6 +494,7 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     from bridgexfer.data.check import check_folder
     from bridgexfer.data.registry import dataset_folder
     from bridgexfer.own_images import compare_own, save_outcome
+    from bridgexfer.study.grid import check_stored
     folder = _new_folder(out)
     device = _device(device)
     _follow(dataset, links)
@@ -501,11 +502,12 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
         text = f"{report.text()}\nRepair these first; nothing was trained."
         return _answer(1, {"check": report.to_dict()}, text, as_json)
     study = _own_study(dataset, profile, settings, not synthetic, images=images, seeds=seeds, model=model)
+    arch = arch or study.archs[0]
+    check_stored(study.settings, [arch])
     _warn_of_cpu(study, device)
     given = _given(study, dataset, synthetic)
     data = study.load(dataset)
     how = dict(style=style, given=given, device=device)
-    arch = arch or study.archs[0]
     before = None
     if hours is not None:
         fixed = _fixed(dataset, profile, settings, images=images, seeds=seeds)

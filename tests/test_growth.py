@@ -1,9 +1,10 @@
-"""What figures/growth.csv says of memory, which takes hours to measure again."""
+"""What figures/growth.csv and memory.csv say of memory, which takes hours to measure again."""
 import json
 import re
 
 import pandas as pd
 
+from bridgexfer.study.grid import Study, resources
 from test_project import ROOT
 
 GROWTH = ROOT/"nbs/benchmarks/growth.ipynb"
@@ -34,3 +35,14 @@ def test_training_on_four_times_what_is_held_takes_no_more_memory():
     assert times.max() >= 4 and len(beyond) >= 3 and (times <= 1).any()
     assert beyond.max() < 1.1 * beyond.min() # flat
     assert beyond.max() < trained.megabytes[times <= 1].max() # and no more than a set that is held
+
+
+def test_jobs_of_the_paper_request_more_than_they_need_and_say_how_much_that_is():
+    table = pd.read_csv(ROOT/"figures/memory.csv").set_index("job")
+    study = Study("paper")
+    keys = {job: "generate" if "generating" in job else "invert" if "learning" in job else "" for job in table.index}
+    for job, row in table.iterrows():
+        needed = row["with libraries and CUDA"]
+        assert needed < row.requested == resources(study, keys[job] or "transfer")["mem_mb"] / 1000
+        reason = study.settings.reason["_".join(filter(None, [keys[job], "memory"]))]
+        assert f"{needed:.0f} GB" in reason

@@ -7,16 +7,18 @@ __all__ = ['Trial', 'TUNING', 'FORM', 'COUNTED', 'NEEDS', 'CARDS', 'LISTED', 'SU
            'targets_of', 'Work', 'Counter', 'PassCounter', 'tuning', 'Wanted', 'wanted_runs', 'work_of', 'costs',
            'plan_line', 'plan_sum', 'show_plan', 'job_hours', 'disk_of', 'Need', 'gpu_needs', 'memory_text', 'Weights',
            'fetched_models', 'downloads', 'download_text', 'more_lines', 'plan_text', 'require_rates', 'require_data',
-           'no_gpu', 'warn_of_memory', 'require_gpu']
+           'no_gpu', 'warn_of_memory', 'require_gpu', 'work_text']
 
 # %% ../../nbs/study/05_costs.ipynb #2c086f5b
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
 from typing import NamedTuple
 import pandas as pd
 import torch
+from ..artefacts import device_name
 from ..backbones import backbone, is_vit
 from ..data.archives import ARCHIVES, find_archive
 from ..data.registry import dataset_info, train_size
@@ -24,7 +26,7 @@ from ..generation import SynthesisSpec
 from ..models import SHIPPED
 from .grid import FROM_REAL, LEARNED, SWEEPS, Job, SetKey, Study, near, resources, rates_of, shards_of
 from ..mixing import Mixing, epoch_sizes
-from ..rates import H100, SD15, Rate, Rates, share
+from ..rates import H100, SD15, Rate, Rates, hours_for, share
 from .records import job_path
 from ..transfer import Run, pipeline
 
@@ -256,10 +258,9 @@ def _passes(study: Study, count: PassCounter, job: Job, target: Target) -> int:
     return sum(count.passes(run, target, arch, v) for run, v in trials)
 
 # %% ../../nbs/study/05_costs.ipynb #dfb029ee
-def _generated(study: Study, job: Job) -> int:
+def _generated(study: Study, group: str, key: str, part: str = "") -> int: # as parameters of a job
     "Images of a job that generates."
-    group, key = (job.parameters[k] for k in ("group", "key"))
-    shards = share(shards_of(study, group, key), job.part)
+    shards = share(shards_of(study, group, key), part)
     return len(shards) * SynthesisSpec.shard * len(dataset_info(study.dataset_of(group, key)).names)
 
 # %% ../../nbs/study/05_costs.ipynb #894ca9af
@@ -272,7 +273,7 @@ def job_hours(study: Study,
     rows, s = {}, study.settings
     for job in study.jobs():
         d = job.parameters.get("dataset")
-        if job.rule == "generate": work = Work("", "generate", s.model, images=_generated(study, job))
+        if job.rule == "generate": work = Work("", "generate", s.model, images=_generated(study, **job.parameters))
         elif job.rule in ("transfer", "tune"):
             work = Work("", "transfer", job.parameters["arch"], passes=_passes(study, count, job, targets[d]))
         elif job.rule == "invert":
@@ -456,3 +457,26 @@ def require_gpu(study: Study) -> None:
     raise OSError(f"The profile {profile} asks for a GPU ({asked[0]} in settings.ini), and there is none: {why}. "
                   f"Use a machine that has one, or set gpu=0 to compute on the CPU, which takes far longer: "
                   f"`make study PROFILE={profile} SET=gpu=0`.")
+
+# %% ../../nbs/study/05_costs.ipynb #b4w0rk02
+def _made_by_searches(study: Study, searches: list[Job]) -> int:
+    "Images that searches make themselves, because no job does it for them."
+    if study.settings.part_hours: return 0
+    vocabularies = {dataset_info(job.parameters["dataset"]).vocabulary for job in searches}
+    return sum(_generated(study, "tuning", of) for of in vocabularies if ("tuning", of) in study.every_set)
+
+# %% ../../nbs/study/05_costs.ipynb #b4w0rk04
+def work_text(study: Study,
+              todo: Collection[str], # keys of the jobs that are to run
+              device: str | None = None, # None: the one of this machine
+             ) -> str: # one line
+    "What some jobs take, for a look before they start."
+    rates = rates_of(study)
+    device = device or device_name("cuda" if torch.cuda.is_available() else "cpu")
+    jobs = [job for job in study.jobs() if job.key in todo]
+    searched = _made_by_searches(study, [job for job in jobs if job.rule == "tune"])
+    images = searched + sum(_generated(study, **job.parameters) for job in jobs if job.rule == "generate")
+    found = job_hours(study, rates)
+    hours = found.hours[found.index.isin(todo)].sum() + hours_for(rates, "generate", study.settings.model, searched)
+    return (f"On {device}: {len(jobs)} job{'s' * (len(jobs) > 1)}, {images:,} images to generate, "
+            f"about {hours:,.2f} {rates.device}-hours; `make plan` says more")

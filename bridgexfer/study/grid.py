@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BEYOND', 'SWEEPS', 'LEARNED', 'FROM_REAL', 'FILTERED_FROM', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES',
            'LISTED', 'MESSAGES', 'PAGES', 'Profile', 'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'SetKeys',
-           'Sets', 'AllSets', 'subset', 'strength', 'recipe_of', 'kinds_of', 'searched_rates', 'Specs', 'Learned',
-           'SetSpecs', 'web_images', 'Drawn', 'Runs', 'Trainings', 'Cells', 'Tuned', 'Choices', 'RunSpecs',
+           'Sets', 'AllSets', 'subset', 'strength', 'recipe_of', 'kinds_of', 'searched_rates', 'check_stored', 'Specs',
+           'Learned', 'SetSpecs', 'web_images', 'Drawn', 'Runs', 'Trainings', 'Cells', 'Tuned', 'Choices', 'RunSpecs',
            'search_weight', 'Tuning', 'Searches', 'is_resource', 'decides', 'Job', 'in_parts', 'contents', 'patterns',
            'rates_of', 'shards_of', 'set_parts', 'set_jobs', 'set_manifests', 'sweep_jobs', 'searched_manifests',
            'beyond_jobs', 'other_jobs', 'Page', 'page_of', 'Results', 'Study', 'near', 'command', 'job_command',
@@ -25,7 +25,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 from ..artefacts import PACKAGE, code_hash, digest, read_json, spec_hash, stable_hash, write_json
-from ..backbones import is_vit
+from ..backbones import backbone, is_vit
 from ..data.registry import dataset_info, load_dataset, train_size
 from ..datasets import Dataset, DatasetInfo, few_shot, hold_out, with_recipe
 from ..finetune import FinetuneSpec
@@ -272,6 +272,7 @@ class Sets(SetKeys):
         "The group that a run's set is made in."
         if (key := self.set_key(run)) is None: return None
         group, of = self._group(run, dataset)
+        if self.all_sets.get((group, of), {}).get(key, 0) >= self.drawn(run): return group, of # it is large enough
         beyond = f"beyond_{group}", of
         return beyond if key in self.all_sets.get(beyond, {}) else (group, of)
 
@@ -348,6 +349,17 @@ def kinds_of(s: Settings) -> tuple[Callable[..., FinetuneSpec], Callable[..., Fi
 def searched_rates(s: Settings, key: str) -> tuple[float, ...]: # key: "lrs" or "stage1_lrs"
     "The learning rates that are searched."
     return s.adamw_lrs if s.optimiser == "adamw" else s.values[key]
+
+# %% ../../nbs/study/02_grid.ipynb #s1z3s002
+def check_stored(s: Settings,
+                 archs: Iterable[str], # backbones that are to be trained
+                ) -> None:
+    "Raise a `ValueError` if images are stored smaller than a backbone takes them."
+    for arch in archs:
+        size = backbone(arch).size
+        if size > s.stored_size:
+            raise ValueError(f"{arch} takes images of {size} pixels, and they are stored at {s.stored_size}: set "
+                             f"stored_size={size} or more, or take another backbone.")
 
 # %% ../../nbs/study/02_grid.ipynb #5b9f6a19
 class Specs(AllSets):
@@ -570,9 +582,12 @@ class Tuned(Cells):
         return {k: a for k, a in axes.items() if k == "lr" or whole and len(a.values) > 1}
 
     @property
-    def tuned_path(self) -> Path: # of the whole study, also when it is narrowed
+    def tuned_path(self) -> Path: # of the whole study; where there is none, of a narrowed one
         "The table that `make tune` writes."
-        return self.root/self.settings.figures/self.settings.profile/"tab5_learning_rates.csv"
+        table = f"{self.settings.profile}/tab5_learning_rates.csv"
+        whole = self.root/self.settings.figures/table
+        narrowed = self.root/self.settings.runs/"figures"/table
+        return narrowed if narrowed.exists() and not whole.exists() else whole
 
     def choice_path(self, dataset: str, arch: str, name: str, shots: int) -> Path: # name: of a pipeline
         "Where the choices for a cell of the study are."
@@ -982,7 +997,8 @@ class Study(Results):
 
     def manifests(self, *reads: str) -> list[str]: # as in `Page.reads`
         "What the jobs of some folders or groups leave."
-        def fits(job, word): return job.folder == word or job.manifest.startswith(f"{word}-")
+        def later(job): return job.rule == "invert" and job.name.startswith("beyond_") # for `make beyond` alone
+        def fits(job, word): return job.folder == word and not later(job) or job.manifest.startswith(f"{word}-")
         return list(dict.fromkeys(job.manifest for word in reads for job in self._jobs if fits(job, word)))
 
     def pages(self) -> list[Page]:
