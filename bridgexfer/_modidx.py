@@ -291,6 +291,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'bridgexfer/data/archives.py'),
                                           'bridgexfer.data.archives._check_part': ( 'data/archives.html#_check_part',
                                                                                     'bridgexfer/data/archives.py'),
+                                          'bridgexfer.data.archives._check_python': ( 'data/archives.html#_check_python',
+                                                                                      'bridgexfer/data/archives.py'),
                                           'bridgexfer.data.archives._class_table': ( 'data/archives.html#_class_table',
                                                                                      'bridgexfer/data/archives.py'),
                                           'bridgexfer.data.archives._content_only': ( 'data/archives.html#_content_only',
