@@ -213,6 +213,7 @@ PACKAGE = Path(str(files("bridgexfer")))
 
 def _git(folder: Path, *args: str) -> str: # what it prints
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} # of a hook, for another repository
+    env["GIT_OPTIONAL_LOCKS"] = "0" # the user's own git is not to find the index locked
     done = subprocess.run(["git", *args], cwd=folder, env=env, capture_output=True, encoding="utf-8",
                           errors="replace", check=True)
     return done.stdout.strip()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bridgexfer import artefacts
 from bridgexfer.artefacts import atomic, check_writable
 from bridgexfer.cli import main
 from bridgexfer.data import check as check_module
@@ -108,6 +109,22 @@ def test_whether_a_folder_can_be_made_is_asked_before_the_work(tmp_path, monkeyp
     for command in (["generate", "digits", "--export"], ["transfer", "digits", "--out"]):
         assert "/proc/no/new" in sentence(capsys, *command, "/proc/no/new", *runs)
     assert os.listdir(tmp_path) == ["full"]
+
+
+def test_asking_for_the_commit_locks_nothing(tmp_path):
+    "Where the disk is full, git would leave its lock, and the user could commit nothing."
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+    git("init")
+    (tmp_path/"a").write_text("1")
+    git("add", "a")
+    git("commit", "-m", "a")
+    index = tmp_path/".git"/"index"
+    os.utime(tmp_path/"a", (1, 1)) # so that `git status` would write the index again
+    before = index.read_bytes(), index.stat().st_mtime_ns
+    assert not artefacts._commit(tmp_path).endswith("+")
+    assert (index.read_bytes(), index.stat().st_mtime_ns) == before
 
 
 # ---- words that are not there, or there twice
