@@ -1374,6 +1374,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'bridgexfer.study.costs.plan_line': ('study/costs.html#plan_line', 'bridgexfer/study/costs.py'),
                                         'bridgexfer.study.costs.plan_sum': ('study/costs.html#plan_sum', 'bridgexfer/study/costs.py'),
                                         'bridgexfer.study.costs.plan_text': ('study/costs.html#plan_text', 'bridgexfer/study/costs.py'),
+                                        'bridgexfer.study.costs.require_baseline': ( 'study/costs.html#require_baseline',
+                                                                                     'bridgexfer/study/costs.py'),
                                         'bridgexfer.study.costs.require_data': ( 'study/costs.html#require_data',
                                                                                  'bridgexfer/study/costs.py'),
                                         'bridgexfer.study.costs.require_gpu': ('study/costs.html#require_gpu', 'bridgexfer/study/costs.py'),

@@ -21,6 +21,7 @@ from bridgexfer.data.check import check_folder
 from bridgexfer.data.registry import dataset_info
 from bridgexfer.datasets import listed
 from bridgexfer.layouts import find_layout
+from bridgexfer.study.costs import require_baseline
 from bridgexfer.study.grid import Study
 from bridgexfer.study.settings import load_settings, parse_setting
 from bridgexfer.user_prompts import read_table
@@ -282,6 +283,25 @@ def test_the_last_line_of_make_study(place, tmp_path, capsys, monkeypatch):
     assert main(["table", *settings]) == 0
     out = capsys.readouterr().out
     assert "50.0" in out and place in out
+
+
+def test_a_narrowing_without_the_baseline_is_rejected_before_the_work():
+    for pipelines in ("vanilla", "mixed vanilla"): require_baseline(Study("smoke", pipelines=pipelines))
+    with pytest.raises(ValueError, match='lacks: add it, as in PIPELINES="vanilla mixed bridged"'):
+        require_baseline(Study("smoke", pipelines="mixed bridged"))
+    assert "said(lambda: require_baseline(study))" in (ROOT/"Snakefile").read_text()
+
+
+@pytest.mark.slow
+def test_a_narrowing_without_bridges_ends_well(tmp_path):
+    "Table 1 has then no bridges to score."
+    words = [Path(sys.executable).with_name("snakemake"), "--profile", "profiles/local", "study", "--config",
+             "profile=smoke", "pipelines=vanilla", "seeds=0", "few_seeds=0", "shots=4", "images=2",
+             *(f"{k}={tmp_path/k}" for k in ("runs", "figures"))]
+    env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    done = subprocess.run(words, cwd=ROOT, env=env, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert {f"{name}.csv" for name in ("tab1_leep", "tab2_pipelines")} <= {*os.listdir(tmp_path/"figures"/"smoke")}
 
 
 def test_help_offers_what_is_narrowed():
