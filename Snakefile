@@ -4,7 +4,7 @@
 import os, sys, time
 from snakemake.exceptions import WorkflowError
 from bridgexfer.study.grid import Study, check_stored, gather_parts, job_command, job_state, near, page_command, page_state, patterns, resources
-from bridgexfer.study.costs import require_data, require_gpu, require_rates, work_text
+from bridgexfer.study.costs import require_baseline, require_data, require_gpu, require_rates, work_text
 from bridgexfer.study.workflow import begin, failures, failures_text
 
 def said(make): # what a user can cause, in one sentence without a traceback
@@ -17,6 +17,7 @@ said(lambda: check_stored(study.settings, study.all_archs))
 RUNS, FIGURES = near(study.runs_dir), near(study.figures_dir)
 BEGAN, LOCK = time.time(), [] # the lock's file is open as long as this process lives
 if {"study", "paper", "beyond", "jobs"} & {*sys.argv}: said(lambda: require_rates(study))
+if {"study", "paper", "beyond"} & {*sys.argv}: said(lambda: require_baseline(study))
 if study.offline: os.environ["HF_HUB_OFFLINE"] = "1"
 
 onstart: # not in a dry run

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'PACKAGE', 'STATE', 'unhashed', 'canonical', 'address', 'spec_hash', 'as_dict', 'stable_hash', 'digest',
-           'atomic', 'write_json', 'read_json', 'read_tensors', 'device_name', 'provenance', 'found_or_made',
-           'code_hash']
+           'atomic', 'check_writable', 'write_json', 'read_json', 'read_tensors', 'device_name', 'provenance',
+           'found_or_made', 'code_hash']
 
 # %% ../nbs/library/00_artefacts.ipynb #f4287061
-import ast, hashlib, json, os, platform, re, subprocess, time
+import ast, errno, hashlib, json, os, platform, re, subprocess, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, field, fields, is_dataclass
@@ -17,6 +17,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import resolve_name
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 # %% ../nbs/library/00_artefacts.ipynb #a089a416
@@ -110,21 +111,75 @@ def _new_mode(path: Path) -> int: # path: of no file yet
     path.unlink()
     return mode & 0o777
 
+# %% ../nbs/library/00_artefacts.ipynb #646d4e60
+def _descriptor(path: Path) -> int | None: # None: it is a path like any other
+    "The number of an open file of this process that a path such as /dev/stdout or /dev/fd/63 stands for."
+    hops = [path, path.parent/os.readlink(path)] if path.is_symlink() else [path]
+    places = [f"{os.path.realpath(hop.parent)}/{hop.name}" for hop in hops]
+    found = [re.fullmatch(rf"(?:/dev|/proc/{os.getpid()})/fd/(\d+)", place) for place in places]
+    return next((int(f[1]) for f in found if f), None)
+
+def _is_stream(path: Path) -> bool:
+    "Whether a path is a pipe, a device or an open file: what is written into, and not replaced."
+    if _descriptor(path) is not None: return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+# %% ../nbs/library/00_artefacts.ipynb #178f1e2d
+@contextmanager
+def _streamed(path: Path): # path: of a stream; yields the temporary path to write to
+    "Write to a stream what was made elsewhere."
+    number = _descriptor(path)
+    with TemporaryDirectory() as folder:
+        part = Path(folder)/"part"
+        yield part
+        with open(path if number is None else number, "wb", closefd=number is None) as sink:
+            sink.write(part.read_bytes())
+
+# %% ../nbs/library/00_artefacts.ipynb #4d81a2d4
+def _target(path: str | Path) -> Path:
+    "The file that a path leads to; a folder is an IsADirectoryError."
+    path = Path(os.path.realpath(path))
+    if path.is_dir(): raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    return path
+
+@contextmanager
+def _called(path: Path, part: Path): # part: the temporary file of a path
+    "Let errors name the path, not its temporary file."
+    try: yield
+    except OSError as e:
+        if str(e.filename) == str(part): e.filename = str(path)
+        raise
+
 # %% ../nbs/library/00_artefacts.ipynb #36558831
 @contextmanager
 def atomic(path: str | Path): # yields the temporary path to write to
     "Write a file under a temporary name; on leaving without an error it gets its own."
-    path = Path(os.path.realpath(path))
+    if _is_stream(Path(path)):
+        with _streamed(Path(path)) as part: yield part
+        return
+    path = _target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
     _sweep(path)
-    mode = _new_mode(part)
-    try:
-        yield part
-        with open(part, "rb") as f: os.fsync(f.fileno())
-        part.chmod(mode)
-        part.replace(path)
-    finally: part.unlink(missing_ok=True)
+    with _called(path, part):
+        mode = _new_mode(part)
+        try:
+            yield part
+            with open(part, "rb") as f: os.fsync(f.fileno())
+            part.chmod(mode)
+            part.replace(path)
+        finally: part.unlink(missing_ok=True)
+
+# %% ../nbs/library/00_artefacts.ipynb #87710165
+def check_writable(path: str | Path, # of a file or folder that will be made
+                   folder: bool = False, # it is a folder, and may exist
+                  ) -> None:
+    "Raise, before the work, the `OSError` that writing would end in; nothing is left."
+    if _is_stream(Path(path)): return
+    path = Path(os.path.realpath(path)) if folder else _target(path)
+    there = next(p for p in path.parents if p.exists())
+    try: TemporaryDirectory(prefix=".", dir=there).cleanup()
+    except OSError as e: raise type(e)(e.errno, e.strerror, str(path)) from None
 
 # %% ../nbs/library/00_artefacts.ipynb #ed71bcfc
 def write_json(path: str | Path, # where
@@ -158,6 +213,7 @@ PACKAGE = Path(str(files("bridgexfer")))
 
 def _git(folder: Path, *args: str) -> str: # what it prints
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} # of a hook, for another repository
+    env["GIT_OPTIONAL_LOCKS"] = "0" # the user's own git is not to find the index locked
     done = subprocess.run(["git", *args], cwd=folder, env=env, capture_output=True, encoding="utf-8",
                           errors="replace", check=True)
     return done.stdout.strip()

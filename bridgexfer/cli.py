@@ -8,10 +8,10 @@ __all__ = ['app', 'COMPLETED', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device
            'Negative', 'FromReal', 'Between', 'Strength', 'Lora', 'LoraScale', 'Synthetic', 'FeaturesOf', 'Backbones',
            'Share', 'Threshold', 'Backbone', 'Given', 'NoImages', 'Hours', 'Kept', 'Pictures', 'Top', 'Batch', 'Row',
            'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'TOO_LITTLE', 'FEWER', 'SYSTEM', 'BUG', 'BROKEN_PIPE',
-           'finite', 'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values', 'example',
-           'check', 'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer',
-           'predict', 'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'WithoutBars',
-           'main']
+           'given', 'finite', 'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values',
+           'example', 'check', 'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate',
+           'transfer', 'predict', 'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain',
+           'WithoutBars', 'main']
 
 # %% ../nbs/apps/05_cli.ipynb #373bd560
 import errno, io, json, os, re, shlex, sys, traceback
@@ -31,10 +31,20 @@ app = typer.Typer(
            "error is preceded by its traceback.",
     rich_markup_mode=None, pretty_exceptions_enable=False)
 
+# %% ../nbs/apps/05_cli.ipynb #19350e13
+def given(param: typer.CallbackParam, # an option or argument
+          value, # None: it was not given; a list of several
+         ):
+    "What was given, if it is not an empty word; else a `ValueError`."
+    if value != "" and not (isinstance(value, list) and "" in value): return value
+    if param.param_type_name == "argument": raise ValueError(f"{param.metavar} is empty: give {param.help}.")
+    raise ValueError(f"{param.opts[0]} is empty: give it a value, or leave it out.")
+
 def _argument(metavar: str, help: str, words=None): # words: what is typed so far -> completions
-    return typer.Argument(metavar=metavar, help=help, autocompletion=words)
+    return typer.Argument(metavar=metavar, help=help, autocompletion=words, callback=given)
 def _option(metavar: str, help: str, words=None):
-    return typer.Option(metavar=metavar, help=help, autocompletion=words)
+    return typer.Option(metavar=metavar, help=help, autocompletion=words, callback=given)
+def _text(help: str): return typer.Option(metavar="TEXT", help=help)
 def _flag(name: str, help: str): return typer.Option(name, help=help)
 
 # %% ../nbs/apps/05_cli.ipynb #a17f0002
@@ -116,9 +126,12 @@ def key_values(words: list[str] | None) -> dict[str, str]: # words: such as "gui
     if wrong := [w for w in words or () if "=" not in w]:
         raise ValueError(f"A setting is key=value, got {wrong[0]!r}: the keys are in settings.ini.")
     pairs = [[part.strip() for part in word.split("=", 1)] for word in words or ()]
-    if wrong := [key for key, _ in pairs if key in ("path", "self", "dataset")]: # arguments of what takes settings
+    values = dict(pairs)
+    if twice := [(key, value) for key, value in pairs if values[key] != value]:
+        raise ValueError(f"{'='.join(twice[0])} and {twice[0][0]}={values[twice[0][0]]} differ: give one.")
+    if wrong := [key for key, _ in pairs if key in ("path", "self", "dataset", "")]: # no settings
         raise ValueError(f"Unknown setting {wrong[0]!r}: the keys are in settings.ini.")
-    return dict(pairs)
+    return values
 
 # %% ../nbs/apps/05_cli.ipynb #13dae388
 def _own_study(dataset: str, profile: str | None, words: list[str] | None,
@@ -241,10 +254,10 @@ def lora(dataset: DatasetName, per_class: PerClass = False, seeds: Seeds = None,
 Templates = Annotated[str | None, _option("FILE", "templates, a line each, with {} for the class name")]
 Table = Annotated[str | None, _option("FILE", 'prompts of each class: .json {"class": [...]} or .csv class,prompt')]
 Captions = Annotated[str | None, _option("MODEL", "captions of training images, by this image-to-text model")]
-Domain = Annotated[str, _option("TEXT", 'after each prompt and a comma, such as "a type of aircraft"')]
-Prefix = Annotated[str, _option("TEXT", "before each prompt")]
-Suffix = Annotated[str, _option("TEXT", "after each prompt")]
-Negative = Annotated[str, _option("TEXT", "what no image should show")]
+Domain = Annotated[str, _text('after each prompt and a comma, such as "a type of aircraft"')]
+Prefix = Annotated[str, _text("before each prompt")]
+Suffix = Annotated[str, _text("after each prompt")]
+Negative = Annotated[str, _text("what no image should show")]
 FromReal = Annotated[int | None, _option("K", "start from K training images of each class (0: all): Real Guidance")]
 Between = Annotated[int | None, _option("K", "start from K training images of each other class: Diff-Mix, soft labels")]
 Strength = Annotated[float | None, _number("S", "with --from-real or --between: share of the steps that are run")]
@@ -284,6 +297,16 @@ def _scaled(lora: str | None, scale: float | None): # a LoRA and its scale; None
     if scale is not None: raise ValueError("--lora-scale says how strongly a LoRA counts: give --lora with it.")
     return None
 
+# %% ../nbs/apps/05_cli.ipynb #cc3b6513
+def _new_folder(path: str, option: str = "--out") -> Path:
+    "The folder, if it can be made."
+    from bridgexfer.artefacts import check_writable
+    out = Path(path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is not an empty folder: give a new one with {option}.")
+    check_writable(out, folder=True)
+    return out
+
 # %% ../nbs/apps/05_cli.ipynb #a17f0005
 def _say_rounded(study) -> None:
     "Say that more images are made than were asked for, if so."
@@ -306,6 +329,7 @@ def generate(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     from bridgexfer.datasets import Dataset
     from bridgexfer.own_images import own_runs, own_set
     from bridgexfer.study.grid import subset
+    if export: _new_folder(export, "--export")
     study = _own_study(dataset, profile, settings, images=images, seeds=seeds, model=model)
     run = _from_real(own_runs(study, style)[1], style, from_real, between, strength)
     adapter = _scaled(lora, lora_scale)
@@ -389,13 +413,6 @@ def leep(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model:
     scores = [{"backbone": a, **scores_of(create_backbone(a))} for a in arch or study.archs]
     table = pd.DataFrame(scores).sort_values("leep", ascending=False)
     return _answer(0, table.to_dict("records"), table.round(3).to_string(index=False), as_json)
-
-# %% ../nbs/apps/05_cli.ipynb #cc3b6513
-def _new_folder(path: str) -> Path:
-    out = Path(path)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is not an empty folder: give a new one with --out.")
-    return out
 
 # %% ../nbs/apps/05_cli.ipynb #0d549f29
 Share = Annotated[float | None, _number("S", "keep this share of each class, those whose label is most probable")]
@@ -531,8 +548,9 @@ def predict(model: Kept, images: Pictures, top: Top = 1, batch: Batch = 64, devi
             csv: Annotated[str | None, _option("FILE", "write the predictions as a table as well")] = None,
             as_json: AsJson = False) -> int:
     "What a kept classifier says of image files; files that cannot be read are reported, and the rest is done."
-    from bridgexfer.artefacts import atomic
+    from bridgexfer.artefacts import atomic, check_writable
     from bridgexfer.classifier import image_paths, open_classifier, predict_files, prediction_table, prediction_text
+    if csv: check_writable(csv)
     classifier = open_classifier(model)
     paths = image_paths(images, sys.stdin)
     found = list(predict_files(classifier, paths, top, batch, _device(device), "Predicting"))
@@ -547,9 +565,11 @@ def export(model: Kept, onnx: Annotated[bool, _flag("--onnx", "as ONNX, the only
            out: Annotated[str | None, _option("FILE", "a new file (default: MODEL/model.onnx)")] = None,
            as_json: AsJson = False) -> int:
     "Write a kept classifier for programs without PyTorch, checked against PyTorch on ten images."
+    from bridgexfer.artefacts import check_writable
     from bridgexfer.classifier import CHECKED, export_onnx, open_classifier
     if not onnx: raise ValueError("The format is missing: give --onnx.")
     path = Path(out or Path(model)/"model.onnx")
+    if out: check_writable(out)
     difference = export_onnx(open_classifier(model), path)
     text = (f"{path}: takes RGB images with values in [0, 1], gives probabilities; they differ from PyTorch's by "
             f"{difference:.1g} at most on {CHECKED} images.")

@@ -26,12 +26,13 @@ from tqdm import tqdm
 
 # %% ../nbs/library/23_imported_sets.ipynb #2ca5a466
 from .artefacts import atomic, found_or_made, read_json, unhashed
-from .datasets import FOLLOW, SPLIT_OF, class_folders, follows_links, given_names, is_litter, plain
+from .datasets import FOLLOW, NOWHERE, SPLIT_OF, class_folders, follows_links, given_names, is_litter, plain
 from .datasets import walk_folder
 from .images import SMALL, SUFFIXES, Images, in_order, in_srgb, mapped, mapped_files, open_image, orientation
 from .images import store, upright
 from .prompts import name_of_folder
 from .synthetic_sets import SyntheticSet, slug
+from .user_prompts import csv_delimiter
 
 # %% ../nbs/library/23_imported_sets.ipynb #73cde965
 @dataclass(frozen=True, eq=False, slots=True) # there may be a million
@@ -52,6 +53,7 @@ def folder_items(top: Path) -> Iterator[Item]: # top: where the class folders ar
     "The images of class folders, by name; a link that leads elsewhere is a ValueError."
     for path, kind in walk_folder(top, top.resolve()):
         if kind == "link":
+            if not path.exists(): raise ValueError(f"{path} {NOWHERE}")
             raise ValueError(f"{path} is a link to a folder or out of {top}, and such links are not followed: "
                              f"put a copy in its place, or put an empty file {FOLLOW} into {top}.")
         if kind == "image" and path.parent != top:
@@ -67,8 +69,10 @@ def table_rows(path: Path) -> list[dict[str, Any]]: # column -> value
     "The rows of a table of metadata."
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".csv": return list(csv.DictReader(io.StringIO(text)))
+        if path.suffix == ".csv": return list(csv.DictReader(io.StringIO(text), delimiter=csv_delimiter(text)))
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text ({e.reason}): save it as UTF-8.") from None
     except (ValueError, RecursionError, csv.Error) as e:
         raise ValueError(f"{path} cannot be read ({e}): repair it.") from None
     if all(isinstance(row, dict) for row in rows): return rows

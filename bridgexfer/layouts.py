@@ -17,9 +17,9 @@ import numpy as np
 from tqdm import tqdm
 from .artefacts import stable_hash
 from .datasets import SPLIT_OF, SPLITS, DatasetInfo, class_folders, class_paths, folder_info, folder_layout
-from .datasets import info_of, plain, split_by_content
+from .datasets import info_of, listed, plain, split_by_content
 from .images import SMALL, SUFFIXES, Images, as_images, file_array, mapped, mapped_files
-from .imported_sets import FILE_COLUMNS, METADATA, Item, Reading, file_bytes, find_shards, keep_images
+from .imported_sets import FILE_COLUMNS, LABELS, METADATA, Item, Reading, file_bytes, find_shards, keep_images
 from .imported_sets import metadata_items, parquet_items, table_rows, tar_items
 
 # %% ../nbs/library/26_layouts.ipynb #4c11010c
@@ -81,6 +81,10 @@ def _sources(folder: Path) -> tuple[str, list[Path]]: # kind, files
     if _has_class_images(folder): return "class folders", []
     found = {"Parquet": find_shards(folder, ".parquet"), "WebDataset": find_shards(folder, ".tar")}
     found = {kind: files for kind, files in found.items() if files}
+    unread = [folder/name for name in METADATA if (folder/name).is_file()]
+    if unread and not found:
+        raise ValueError(f"{unread[0]} lists no images: give it the columns {FILE_COLUMNS[0]} and {LABELS[0]}, and a "
+                         "row for each image.")
     if len(found) > 1: raise ValueError(f"{folder} holds {' and '.join(found)}: move one of them elsewhere.")
     return next(iter(found.items()), ("class folders", []))
 
@@ -111,7 +115,7 @@ def layout_info(folder: Path, # of a dataset
     if layout.kind == "class folders": return folder_info(folder)
     meant = layout.parts
     parts = {s: {i.label for i in layout.items if meant.get(i.split) == s} for s in SPLITS}
-    if meant and (differing := plain(", ".join(sorted(parts["train"] ^ parts["test"])))):
+    if meant and (differing := listed(sorted(parts["train"] ^ parts["test"]))):
         raise ValueError(f"{folder}: train and test differ in the classes {differing}: give both the same ones.")
     tested = {SPLIT_OF[word.casefold()] for word, part in meant.items() if part == "test"}
     remark = "val is the test part" if "val" in tested else "" if meant else "a fifth held out"

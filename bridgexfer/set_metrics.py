@@ -113,7 +113,7 @@ def diversity(x: np.ndarray, # (n, d) features
     labels = np.asarray(labels)
     of_class = [x[labels == c] for c in np.unique(labels)]
     means = [pdist(some).mean() for some in of_class if len(some) > 1]
-    if not means: raise ValueError("No class has two images, so there is no distance within a class.")
+    if not means: raise ValueError("No class has two images, so there is no distance within a class: add some.")
     return float(np.mean(means))
 
 # %% ../nbs/library/24_set_metrics.ipynb #dd0aab58
@@ -207,8 +207,9 @@ def compare_sets(real: tuple[np.ndarray, np.ndarray], # features (m, d) and labe
     "Every metric of a set, beside those of real images; too few images are a ValueError."
     import pandas as pd
     x, y = real
-    if len(x) < 12: raise ValueError(f"A comparison needs 12 real images, two halves of 6, got {len(x)}.")
-    if len(synthetic[0]) < 4: raise ValueError(f"A comparison needs 4 synthetic images, got {len(synthetic[0])}.")
+    if len(x) < 12: raise ValueError(f"A comparison needs 12 real images, two halves of 6, got {len(x)}: add some.")
+    made = len(synthetic[0])
+    if made < 4: raise ValueError(f"A comparison needs 4 synthetic images, got {made}: make more.")
     first, second = halves(np.asarray(y))
     columns = {"synthetic": set_metrics(x, *synthetic), "real": set_metrics(x[first], x[second], np.asarray(y)[second])}
     return Comparison(pd.DataFrame(columns), len(x), len(synthetic[0]), features)

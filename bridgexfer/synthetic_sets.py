@@ -455,7 +455,9 @@ def make_shards(spec: SynthesisSpec, # the set
 def read_spec(folder: str | Path) -> SynthesisSpec:
     "The spec of a set on disk."
     path = Path(folder)/"spec.json"
-    if not path.exists(): raise FileNotFoundError(f"{folder} is not a synthetic set: it has no spec.json.")
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} is not a synthetic set, because it has no spec.json: "
+                                "give the folder of one.")
     try: return SynthesisSpec(**read_json(path))
     except (TypeError, AttributeError, KeyError) as e:
         raise ValueError(f"{path} is not the spec of a synthetic set ({e}): give the folder of one.") from None

@@ -673,7 +673,7 @@ def test_wrong_requests(made, spec, pipe, tmp_path):
         generate(spec, tmp_path, 0)
     with pytest.raises(ValueError, match="size is a multiple of 4"):
         draw(pipe, plan(spec, 0, 1), replace(spec, size=30))
-    with pytest.raises(FileNotFoundError, match="it has no spec.json"):
+    with pytest.raises(FileNotFoundError, match="it has no spec.json: give"):
         SyntheticSet(tmp_path)
 
 

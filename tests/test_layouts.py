@@ -174,7 +174,7 @@ def test_a_table_beside_archives_and_class_folders(images, tmp_path):
     (["file,label,split", "0.png,owl,train", "1.png,owl,"], "images in a split and images in none"),
     (["file,label,split", "0.png,owl,val", "1.png,owl,test"], "has no training images"),
     (["file,label,split", "0.png,owl,train", "1.png,fox,test"], "has no image for test"),
-    (["file,label"], "holds no class folders")))
+    (["file,label"], "lists no images: give it the columns file_name and label")))
 def test_a_wrong_table_is_one_sentence(rows, said, tmp_path, capsys):
     put(tmp_path/"out.png", png(FILES["owl"][0]))
     for k in range(2): put(tmp_path/"mine"/f"{k}.png", png(FILES["owl"][k]))

@@ -640,9 +640,14 @@ def _accepted(members: Iterable, # of an archive
         yield member
 
 # %% ../../nbs/data/01_archives.ipynb #6bead4ff
+def _check_python() -> None:
+    "Raise where tarfile has no filters; it would not know their argument either."
+    if hasattr(tarfile, "data_filter"): return
+    raise OSError("Python 3.11.4 or newer is needed to extract a .tar safely: install one, and make the environment "
+                  "again, with `make clean` and `make env`.")
+
 def _content_only(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo:
     "tarfile's data filter, without modes and times."
-    if not hasattr(tarfile, "data_filter"): raise RuntimeError("Python 3.11.4 or newer is needed to extract safely.")
     return tarfile.data_filter(member, folder).replace(mode=None, mtime=None, deep=False)
 
 # %% ../../nbs/data/01_archives.ipynb #b5d5c348
@@ -654,6 +659,7 @@ def _unpack(path: Path, folder: Path, **limits: int):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as z: z.extractall(folder, accepted(z.infolist(), _about_zip))
         else:
+            _check_python()
             with tarfile.open(path) as tar: tar.extractall(folder, accepted(tar, _about_tar), filter=_content_only)
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as e:
         raise ValueError(f"{path} is damaged ({e}): delete it and get it again.") from None

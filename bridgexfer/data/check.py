@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 from tqdm import tqdm
-from ..artefacts import atomic
+from ..artefacts import atomic, check_writable
 from ..images import PIXEL_LIMIT, SUFFIXES, TooLarge, in_srgb, open_image, orientation, read_image, upright
 from ..prompts import name_of_folder, names_nothing, synset_name
-from ..datasets import FOLLOW, SPLITS, folder_layout, held_out, plain, prompt_names, walk_folder
-from ..imported_sets import NamedFile
+from ..datasets import FOLLOW, NOWHERE, SPLITS, folder_layout, held_out, plain, prompt_names, walk_folder
+from ..imported_sets import FILE_COLUMNS, LABELS, METADATA, NamedFile
 from ..layouts import Layout, find_layout, folder_classes
 
 # %% ../../nbs/data/03_check.ipynb #8250d73d
@@ -109,6 +109,7 @@ def _hides_images(path: Path) -> bool:
 # %% ../../nbs/data/03_check.ipynb #14e5ae90
 def left_out(entry: Entry) -> tuple[str, str]: # kind of finding, text
     "Why a file is not read, and what to do about it."
+    if entry.kind == "link" and not entry.path.exists(): return "link", NOWHERE
     if entry.kind == "link":
         return "link", ("is a link to a folder, or to an image outside this folder, and is not followed: "
                         f"put a copy in its place, remove it, or put an empty file {FOLLOW} into the dataset's folder.")
@@ -117,6 +118,8 @@ def left_out(entry: Entry) -> tuple[str, str]: # kind of finding, text
     if entry.kind == "hidden":
         if not _hides_images(entry.path): return "ignored", "is hidden, because its name begins with a dot."
         return "not read", "is hidden, because its name begins with a dot: rename or remove it."
+    if entry.file in METADATA:
+        return "not read", f"lists no images: give it the columns {FILE_COLUMNS[0]} and {LABELS[0]}, or remove it."
     if not _is_picture(entry.path): return "ignored", "is not an image."
     suffix = entry.path.suffix.lower()
     if suffix in PICTURES: return "not read", f"is {suffix}, which is not supported: save it as JPEG or PNG."
@@ -378,6 +381,7 @@ def check_folder(folder: str | Path, # a dataset's folder
                 ) -> Report:
     "Read every file of a folder once, and list what is wrong. Nothing is moved or deleted."
     folder = Path(folder)
+    if write: check_writable(write)
     layout = find_layout(folder, strict=False)
     entries = layout_entries(folder, layout)
     bar = tqdm([e for e in entries if e.labelled],

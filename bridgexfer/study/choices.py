@@ -321,6 +321,7 @@ NO_RESULT |= {
     "backbones:TORCHVISION": "a reason for weights", "backbones:AUGREG": "a reason for weights",
     "images:*": "which files are read", "datasets:SPLIT*": "names of folders",
     "datasets:LITTER": "files that are no images of a dataset", "datasets:FOLLOW": "a file's name",
+    "datasets:NOWHERE": "a message",
     "synthetic_sets:*": "files and words",
     **{f"imported_sets:{name}": "files, columns and where images came from" for name in (
         "METADATA", "FILE_COLUMNS", "LABELS", "ImportSpec.source", "ImportSpec.order")},

@@ -6,8 +6,8 @@
 __all__ = ['Trial', 'TUNING', 'FORM', 'COUNTED', 'NEEDS', 'CARDS', 'LISTED', 'SUMMED', 'CLIP32', 'WEIGHTS', 'Target',
            'targets_of', 'Work', 'Counter', 'PassCounter', 'tuning', 'Wanted', 'wanted_runs', 'work_of', 'costs',
            'plan_line', 'plan_sum', 'show_plan', 'job_hours', 'disk_of', 'Need', 'gpu_needs', 'memory_text', 'Weights',
-           'fetched_models', 'downloads', 'download_text', 'more_lines', 'plan_text', 'require_rates', 'require_data',
-           'no_gpu', 'warn_of_memory', 'require_gpu', 'work_text']
+           'fetched_models', 'downloads', 'download_text', 'more_lines', 'plan_text', 'require_rates',
+           'require_baseline', 'require_data', 'no_gpu', 'warn_of_memory', 'require_gpu', 'work_text']
 
 # %% ../../nbs/study/05_costs.ipynb #2c086f5b
 import warnings
@@ -416,6 +416,12 @@ def require_rates(study: Study) -> None:
     if study.settings.lr != "tuned" or study.tuned_path.exists(): return
     advice = f"run `make tune PROFILE={study.settings.profile}` first, or set `lr` in settings.ini"
     raise FileNotFoundError(f"{near(study.tuned_path)} is missing: {advice}.")
+
+def require_baseline(study: Study) -> None:
+    "Raise if the tables would have nothing to compare with."
+    if "vanilla" in study.settings.pipelines: return
+    raise ValueError("The tables compare every pipeline with vanilla, which `pipelines` lacks: add it, as in "
+                     f"PIPELINES=\"vanilla {' '.join(study.settings.pipelines)}\".")
 
 # %% ../../nbs/study/05_costs.ipynb #16092e3f
 def require_data(study: Study) -> None:

@@ -1113,7 +1113,7 @@ def gather_sets(study: Study, job: Job, manifests: list[dict]) -> Path: # of the
         made = SyntheticSet(study.runs_dir/entry["folder"])
         if made.per_class < entry["per_class"]:
             raise ValueError(f"{made.folder} has {made.per_class} images of each class and not {entry['per_class']}: a "
-                             f"part of {job.manifest} has lost its shards; delete {job.manifest}.*.json and go on.")
+                             f"part of {job.manifest} has lost its shards; delete {job.manifest}.*.json and run again.")
         write_card(made, dataset_info(study.dataset_of(job.parameters["group"], job.parameters["key"])).remark)
     return write_json(study.runs_dir/f"{job.manifest}.json", {"sets": [*entries.values()]})
 

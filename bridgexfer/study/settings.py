@@ -114,6 +114,8 @@ def parse_setting(key: str, # decides whether it is a list
     if not value and not _is_one_of(key, MAY_BE_EMPTY, ("datasets",)):
         raise ValueError(f"{key} has no value: give one.")
     parsed = tuple(parse(key, w) for w in value.split()) if key in LISTS else parse(key, value)
+    if key in LISTS and (twice := [w for w in parsed if parsed.count(w) > 1]):
+        raise ValueError(f"{key} lists {twice[0]} more than once: give each value once.")
     return Setting(parsed, source or None, reason or None)
 
 # %% ../../nbs/study/00_settings.ipynb #51f05f89
