@@ -23,11 +23,10 @@ if study.offline: os.environ["HF_HUB_OFFLINE"] = "1"
 onstart: # not in a dry run
     LOCK.append(said(begin))
     said(lambda: require_data(study))
-    on_gpu = any(job.resources.get("gpu") for job in workflow.dag.needrun_jobs())
-    if workflow.local_exec and on_gpu: said(lambda: require_gpu(study))
-    made = {str(file) for job in workflow.dag.needrun_jobs() for file in job.output}
-    if todo := [key for key in JOBS if f"{RUNS}/{key}.json" in made]:
-        print(work_text(study, todo, None if workflow.local_exec else "the cluster"), file=sys.stderr)
+    needed = list(workflow.dag.needrun_jobs())
+    if workflow.local_exec and any(job.resources.get("gpu") for job in needed): said(lambda: require_gpu(study))
+    made = [str(file).removeprefix(f"{RUNS}/").removesuffix(".json") for job in needed for file in job.output]
+    if todo := JOBS.keys() & made: print(work_text(study, todo, None if workflow.local_exec else "the cluster"), file=sys.stderr)
     os.makedirs(f"{RUNS}/notebooks", exist_ok=True)
 
 onerror: print(failures_text(failures(RUNS, BEGAN)), file=sys.stderr) # one line of cause for each job that failed
