@@ -180,7 +180,9 @@ def time_limits() -> Iterator[None]:
 def _plain(record: logging.LogRecord) -> bool: # whether it is printed
     "Says in the user's words that a request is repeated."
     found = re.search(r"(?:Retrying in|Waiting) ([\d.]+)s.*Retry (\d+)/(\d+)", record.getMessage())
-    if found: record.msg, record.args = "No answer from the hub, trying again in %s seconds (%s of %s)", found.groups()
+    if found:
+        record.msg = "No answer from the hub, trying again in %s seconds (%s of %s)"
+        record.args = found.groups()
     return bool(found) or "thrown while requesting" not in record.getMessage()
 
 @contextmanager
