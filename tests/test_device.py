@@ -45,9 +45,9 @@ def test_compiling_changes_no_image_and_can_be_undone(pipe, family):
     found = compiled_modules(model)
     if family == "stable_diffusion": assert found == [model.unet] # whole
     else: assert {type(m).__name__ for m in found} <= {*model.transformer._repeated_blocks} and found
-    assert np.abs(drawn(model, spec, 2).astype(int) - plain).max() <= 1 # it rounds, as FLUX does from call to call
+    assert np.abs(drawn(model, spec, 2).astype(int) - plain).max() <= 2 # it rounds, as FLUX does from call to call
     uncompile(model)
-    assert not compiled_modules(model) and np.abs(drawn(model, spec, 2).astype(int) - plain).max() <= 1
+    assert not compiled_modules(model) and np.abs(drawn(model, spec, 2).astype(int) - plain).max() <= 2
 
 
 def test_what_has_no_blocks_is_compiled_whole(pipe):

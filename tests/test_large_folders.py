@@ -1,6 +1,8 @@
 """A folder of 100,000 images: memory for names and thumbnails, and none that grows with the pixels or the files."""
 import tracemalloc
 from functools import partial
+from pathlib import Path
+from tempfile import mkdtemp
 
 import numpy as np
 import pyarrow as pa
@@ -65,7 +67,8 @@ def folders(tmp_path_factory):
 
 def bytes_an_image(folders, work):
     few, many, more = folders
-    return (traced(lambda: work(many))[1] - traced(lambda: work(few))[1]) / more
+    def once(): return (traced(lambda: work(many))[1] - traced(lambda: work(few))[1]) / more
+    return min(once(), once()) # what other threads of this process allocate meanwhile is counted, too
 
 
 def test_a_layout_holds_a_few_hundred_bytes_an_image(folders):
@@ -80,7 +83,8 @@ def test_a_check_holds_names_and_thumbnails(folders, monkeypatch):
 @pytest.mark.parametrize("size", [32, 96])
 def test_loading_holds_names(size, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(layouts, "MAPPED_FROM", 0)
-    assert bytes_an_image(folders, lambda folder: load_layout(folder, size, tmp_path)) < 1200
+    def fresh(): return Path(mkdtemp(dir=tmp_path)) # nothing is found again
+    assert bytes_an_image(folders, lambda folder: load_layout(folder, size, fresh())) < 1200
 
 
 def test_a_folder_is_listed_once_when_it_is_loaded(folders, monkeypatch):

@@ -8,9 +8,9 @@ from huggingface_hub import HfApi
 from bridgexfer import classifier, own_images
 from bridgexfer.cli import main
 
-QUICK = ["--profile", "smoke"] + [word for setting in (
-    "runs=runs", "images=2", "steps=2", "seeds=0 1", "lr=.05", "epochs=1", "stage1_epochs=1")
-    for word in ("--set", setting)]
+def quick(lr=".05"):
+    settings = ("runs=runs", "images=2", "steps=2", "seeds=0 1", f"lr={lr}", "epochs=1", "stage1_epochs=1")
+    return ["--profile", "smoke", *(f"--set={setting}" for setting in settings)]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         assert main(["example", "mine", "--train", "3", "--test", "2"]) == 0
-        assert main(["transfer", "mine", *QUICK]) == 0
+        assert main(["transfer", "mine", *quick()]) == 0
     return home
 
 
@@ -55,7 +55,7 @@ def test_transfer_says_what_is_kept_and_goes_on(run, home, monkeypatch):
         if len(begun) == 3: raise KeyboardInterrupt
         return transfer(*how)
     monkeypatch.setattr(own_images, "transfer", pressed)
-    words = ("transfer", "mine", *QUICK, "--set", "lr=.04", "--out", "second")
+    words = ("transfer", "mine", *quick(".04"), "--out", "second")
     code, said = run(*words)
     assert code == 130 and "finished trainings" in said and "run the same command again to resume" in said
     assert not (home/"second").exists()
@@ -81,7 +81,7 @@ def test_push_may_have_made_a_repository(run, monkeypatch):
 
 # ---- faults
 
-@pytest.mark.parametrize("words", [("transfer", "mine", *QUICK, "--out", "third"), PREDICT])
+@pytest.mark.parametrize("words", [("transfer", "mine", *quick(), "--out", "third"), PREDICT])
 @pytest.mark.parametrize("device", ["cuda:7", "abacus"])
 def test_no_such_device(words, device, run):
     code, said = run(*words, "--device", device)
@@ -89,7 +89,7 @@ def test_no_such_device(words, device, run):
 
 
 @pytest.mark.parametrize(("words", "module", "where", "advice"), [
-    (("transfer", "mine", *QUICK, "--set", "lr=.03", "--out", "third"), own_images, "transfer", "generate_batch"),
+    (("transfer", "mine", *quick(".03"), "--out", "third"), own_images, "transfer", "generate_batch"),
     (PREDICT, classifier, "predict", "a smaller --batch"), (EXPORT, classifier, "to_onnx", "another machine")])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB."), MemoryError()])
 def test_too_little_memory(words, module, where, advice, error, run, home, monkeypatch):
@@ -102,7 +102,7 @@ def test_too_little_memory(words, module, where, advice, error, run, home, monke
 
 
 def test_a_loss_that_is_not_finite(run, home):
-    code, said = run("transfer", "mine", *QUICK, "--set", "lr=1e30", "--out", "third")
+    code, said = run("transfer", "mine", *quick("1e30"), "--out", "third")
     assert code == 2 and "is nan in epoch 1" in said and "Traceback" not in said and not (home/"third").exists()
 
 
@@ -114,7 +114,7 @@ def room():
 
 
 @pytest.mark.parametrize(("words", "left"), [
-    (("transfer", "mine", *QUICK, "--out", "third"), "third"), (PREDICT, "found.csv"), (EXPORT, "new.onnx")])
+    (("transfer", "mine", *quick(), "--out", "third"), "third"), (PREDICT, "found.csv"), (EXPORT, "new.onnx")])
 def test_a_full_disk(words, left, run, home, room):
     if "--onnx" in words: pytest.importorskip("onnxruntime")
     room(50)
