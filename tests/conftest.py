@@ -45,7 +45,8 @@ def pytest_runtest_protocol(item):
     times = item.config.getoption("times")
     if times:
         seconds = processor_seconds() - before + dict(item.user_properties).get("elsewhere", 0)
-        with open(times, "a", encoding="utf-8", newline="") as f: csv.writer(f).writerow([item.nodeid, f"{seconds:.1f}"])
+        with open(times, "a", encoding="utf-8", newline="") as f:
+            csv.writer(f).writerow([item.nodeid, f"{seconds:.1f}"])
     return result
 
 
