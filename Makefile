@@ -61,8 +61,8 @@ provenance: $(STAMP) ## from a number back to its runs, notebooks and commands: 
 tune: $(STAMP) ## choose the hyper-parameters on validation data: Table 5, which `make study` reads (by the plan an hour on two cores)
 	@$(WORKFLOW) learning_rates $(WITH)
 
-datasets: $(STAMP) ## the paper's ten datasets: found or not, and what to do; FETCH="pets dtd" downloads
-	@$(RUN) bridgexfer datasets $(if $(strip $(PROFILE)),--profile "$(strip $(PROFILE))") $(if $(strip $(FETCH)),--fetch $(FETCH))
+datasets: $(STAMP) ## the paper's ten datasets: found or not, and what to do; FETCH="pets dtd" downloads, SET="data=FOLDER" says where
+	@$(RUN) bridgexfer datasets $(CONFIG) $(if $(strip $(FETCH)),--fetch $(FETCH))
 
 test: .venv/.test ## modules and notebooks, all tests below five processor seconds (about 6 minutes on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not heavy" $(ARGS)

@@ -210,11 +210,12 @@ Fetch = Annotated[list[str] | None, _option(
     "NAME...", "download, check and extract these: aircraft pets ... (0.1 to 39 GB each)", words_of("datasets"))]
 
 @app.command()
-def datasets(fetch: Fetch = None, profile: Profile = None, as_json: AsJson = False) -> int:
+def datasets(settings: KeyValues = None, fetch: Fetch = None, profile: Profile = None, as_json: AsJson = False) -> int:
     "The paper's ten datasets: found or not, where, how many images, what to do; --fetch downloads what can be had."
     from bridgexfer.data.archives import archive_table, archive_text, download
     from bridgexfer.study.grid import Study
-    root = Study(profile).data_dir
+    words = [*(settings or ()), *([f"profile={profile}"] if profile else ())]
+    root = Study(**key_values(words)).data_dir
     for name in fetch or (): download(name, root)
     return _answer(0, archive_table(root), archive_text(root), as_json)
 

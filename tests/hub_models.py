@@ -73,3 +73,8 @@ def resnet18():
     used = {"model.safetensors": save(state)}
     unused = {name: UNUSED for name in (".gitattributes", "README.md", "pytorch_model.bin")}
     return used, Repository({RESNET_COMMIT: used | unused | {"config.json": as_json(config)}}, {"main": RESNET_COMMIT})
+
+
+def full_size():
+    "Repository -> (the files of it that are opened, what the hub has of it), of the profiles `evening` and `paper`."
+    return {SD: stable_diffusion(), CLIP: clip(), RESNET: resnet18()}

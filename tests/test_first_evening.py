@@ -6,7 +6,7 @@ import pytest
 from bridgexfer.study.costs import WEIGHTS, download_text, downloads
 from bridgexfer.study.grid import Study
 from hub import Client, Hub
-from hub_models import CLIP, RESNET, SD, clip, resnet18, stable_diffusion
+from hub_models import CLIP, RESNET, SD, full_size
 from test_own_images import write
 from test_project import ROOT
 
@@ -17,18 +17,18 @@ EVENING = Study("evening")
 
 
 @pytest.fixture(scope="module")
-def used():
-    "Repository -> the files of it that are opened."
-    return {}
+def models(): return full_size()
 
 
 @pytest.fixture(scope="module")
-def hub(used):
-    repositories = {}
-    used[SD], repositories[SD] = stable_diffusion()
-    used[CLIP], repositories[CLIP] = clip()
-    used[RESNET], repositories[RESNET] = resnet18()
-    hub = Hub(repositories)
+def used(models):
+    "Repository -> the files of it that are opened."
+    return {name: files for name, (files, _) in models.items()}
+
+
+@pytest.fixture(scope="module")
+def hub(models):
+    hub = Hub({name: repository for name, (_, repository) in models.items()})
     yield hub
     hub.stop()
 

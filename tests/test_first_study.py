@@ -24,24 +24,28 @@ def commands(notebook):
     return [line for line in blocks.splitlines() if line.strip()]
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
+def fresh_clone(folder):
     "The last commit in a folder of its own, with this environment, and nothing else of this folder."
-    folder = tmp_path_factory.mktemp("fresh")/"bridgexfer"
     done = subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], capture_output=True, text=True)
     if done.returncode: pytest.skip(f"not a clone: {done.stderr.strip()}")
     (folder/".venv").mkdir()
     for entry in VENV.iterdir():
         if entry.name != ".complete": (folder/".venv"/entry.name).symlink_to(entry)
     (folder/".venv/.complete").touch() # newer than the lock: `make` takes the environment as it is
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    folder = fresh_clone(tmp_path_factory.mktemp("fresh")/"bridgexfer")
     yield folder
     shutil.rmtree(folder)
 
 
-def typed(line, folder):
-    "What a command line of the page prints; it has to succeed."
+def typed(line, folder, **environment):
+    "What a command line prints; it has to succeed."
     env = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL")}
-    env |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", **environment}
     words = shlex.split(line)
     if words[0] == "make": words[1:1] = ["-o", ".venv/.complete"] # whatever its age: this environment is borrowed
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
