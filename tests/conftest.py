@@ -35,7 +35,8 @@ def one_thread():
 # ---- where the time goes: `make test ARGS="--times FILE"`
 
 def pytest_addoption(parser):
-    parser.addoption("--times", metavar="FILE", help="append to FILE the processor seconds of every test and shared fixture, as CSV")
+    said = "append to FILE the processor seconds of every test and shared fixture, as CSV"
+    parser.addoption("--times", metavar="FILE", help=said)
 
 
 class Meter:
@@ -55,6 +56,7 @@ class Meter:
 
 
 METER = Meter()
+SHARED = ", shared"
 
 
 def write_times(config, names):
@@ -85,9 +87,8 @@ def pytest_fixture_setup(fixturedef):
         fixturedef.addfinalizer(partial(METER.start, name)) # before its own
 
 
-SHARED = ", shared"
-
-def pytest_sessionfinish(session): write_times(session.config, [name for name in METER.seconds if name.endswith(SHARED)])
+def pytest_sessionfinish(session):
+    write_times(session.config, [name for name in METER.seconds if name.endswith(SHARED)])
 
 
 # ---- the longest files first, so that no process waits for them at the end; and what `make test` leaves to others

@@ -21,7 +21,7 @@ from nbformat.v4 import new_output
 from packaging.requirements import Requirement
 from packaging.version import Version
 from PIL import Image
-from warm import run_notebook
+from warm import run_notebook, spent, start_code
 
 ROOT = Path(__file__).parent.parent
 WINGS = ("library", "data", "study", "apps") # whose notebooks export; each imports only what comes before it
@@ -375,8 +375,11 @@ def test_readme_is_what_its_notebook_gives():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_readme_python_runs_as_pasted(tmp_path):
+def test_readme_python_runs_as_pasted(tmp_path, record_property):
     pasted = re.findall(r"^```python\n(.*?)^```", (ROOT/"README.md").read_text(), re.M | re.S)
     assert len(pasted) >= 1
-    done = run(sys.executable, "-c", "\n".join(pasted), cwd=tmp_path)
-    assert done.returncode == 0 and 0 < float(done.stdout) < 1, done.stdout + done.stderr
+    log = tmp_path/"log"
+    pasting = start_code("\n".join(pasted), log=log, folder=tmp_path)
+    pasting.join()
+    record_property("elsewhere", spent(log))
+    assert pasting.exitcode == 0 and 0 < float(log.read_text()) < 1, (tmp_path/"log.errors").read_text()
