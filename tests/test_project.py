@@ -332,7 +332,10 @@ def job():
     code = ["import json, sys", *(f"import {m}" for m in sorted(modules)), f"slow = {SLOW} & set(sys.modules)",
             "from bridgexfer.study.grid import PAGES, Study",
             "rules = {job.rule for job in Study('miniature', lr='0.1').jobs()}",
-            "print(json.dumps(dict(slow=[*slow], rules=[*rules], pages=[p.name for p in PAGES])))"]
+            "from bridgexfer.study.costs import plan_text",
+            "plan_text(Study('smoke', lr='tuned'))",
+            "planned = sorted({'timm', 'diffusers', 'transformers'} & set(sys.modules))",
+            "print(json.dumps(dict(slow=[*slow], planned=planned, rules=[*rules], pages=[p.name for p in PAGES])))"]
     done = run(sys.executable, "-c", "\n".join(code))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -341,6 +344,11 @@ def job():
 def test_jobs_start_without_what_they_may_not_need(job):
     "What takes long to import is imported by the functions that use it; a job's modules bring torch and little more."
     assert not job["slow"]
+
+
+def test_a_plan_is_made_without_models(job):
+    "Nor do the jobs, which the same process has listed: that opens no model, and importing timm takes seconds."
+    assert job["planned"] == []
 
 
 def test_the_study_knows_every_job_and_paper_notebook(job):
