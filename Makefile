@@ -25,6 +25,8 @@ STAMP   := .venv/.complete
 RUN     := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" PYTHONUTF8=1
 # Another Python's surroundings, such as an active conda's, do not reach this one; nor does a locale without UTF-8.
 unexport PYTHONHOME PYTHONPATH PYTHONSTARTUP PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONWARNINGS PYTHONIOENCODING MPLBACKEND
+# uv leaves compiling to the first import. Without what that writes, every command and job would compile PyTorch again: seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV
 NARROW  := $(strip $(if $(strip $(DATASETS)),datasets="$(strip $(DATASETS))") $(if $(strip $(ARCHS)),archs="$(strip $(ARCHS))") \
   $(if $(strip $(PIPELINES)),pipelines="$(strip $(PIPELINES))") $(if $(strip $(IMAGES)),images="$(strip $(IMAGES))") $(foreach k,$(if $(strip $(SEEDS)),seeds few_seeds sweep_seeds beyond_seeds),$(k)="$(strip $(SEEDS))") $(if $(strip $(SHOTS)),shots="$(strip $(SHOTS))") $(SET))

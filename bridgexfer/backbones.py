@@ -73,6 +73,7 @@ def is_vit(arch: str, # a key of `ARCHS` or a timm model
           ) -> bool:
     "Whether a backbone is a vision transformer."
     name = backbone(arch).timm_name.partition(".")[0]
+    if arch in ARCHS: return name.startswith("vit_") # without timm: a plan asks this, and importing takes seconds
     return _timm().model_entrypoint(name).__module__.rpartition(".")[2] in TRANSFORMERS
 
 # %% ../nbs/library/12_backbones.ipynb #d8b10e8a

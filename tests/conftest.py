@@ -1,5 +1,6 @@
 """What several test files share."""
 import csv
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,20 +35,60 @@ def one_thread():
 # ---- where the time goes: `make test ARGS="--times FILE"`
 
 def pytest_addoption(parser):
-    parser.addoption("--times", metavar="FILE", help="append to FILE the processor seconds of every test, as CSV")
+    said = "append to FILE the processor seconds of every test and shared fixture, as CSV"
+    parser.addoption("--times", metavar="FILE", help=said)
+
+
+class Meter:
+    "Processor seconds between `start` and `stop`, by name; what is inside another count is that one's."
+    def __init__(self):
+        self.seconds, self.open = {}, []
+
+    def start(self, name): self.open.append((name, processor_seconds()))
+
+    def stop(self, elsewhere=0.):
+        name, before = self.open.pop()
+        spent = processor_seconds() - before + elsewhere
+        self.seconds[name] = self.seconds.get(name, 0.) + spent
+        if self.open: # of the one around it no more
+            outer, began = self.open[-1]
+            self.open[-1] = outer, began + spent - elsewhere
+
+
+METER = Meter()
+SHARED = ", shared"
+
+
+def write_times(config, names):
+    if not config.getoption("times"): return
+    rows = [(name, f"{METER.seconds[name]:.1f}") for name in names]
+    with open(config.getoption("times"), "a", encoding="utf-8", newline="") as f: csv.writer(f).writerows(rows)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    "A fixture that several tests share counts for the first of them."
-    before = processor_seconds()
+    METER.start(item.nodeid)
     result = yield
-    times = item.config.getoption("times")
-    if times:
-        seconds = processor_seconds() - before + dict(item.user_properties).get("elsewhere", 0)
-        with open(times, "a", encoding="utf-8", newline="") as f:
-            csv.writer(f).writerow([item.nodeid, f"{seconds:.1f}"])
+    METER.stop(dict(item.user_properties).get("elsewhere", 0.))
+    write_times(item.config, [item.nodeid])
     return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    "What several tests share counts for itself, not for the first of them; so does its end, not for the last."
+    if fixturedef.scope == "function": return (yield)
+    name = f"{fixturedef.baseid or 'tests'}::{fixturedef.argname}{SHARED}"
+    fixturedef.addfinalizer(METER.stop) # the last to run
+    METER.start(name)
+    try: return (yield)
+    finally:
+        METER.stop()
+        fixturedef.addfinalizer(partial(METER.start, name)) # before its own
+
+
+def pytest_sessionfinish(session):
+    write_times(session.config, [name for name in METER.seconds if name.endswith(SHARED)])
 
 
 # ---- the longest files first, so that no process waits for them at the end; and what `make test` leaves to others

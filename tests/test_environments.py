@@ -104,7 +104,7 @@ def recipe_environment(**env):
 
 def test_another_python_does_not_leak_into_make():
     foreign = dict(PYTHONHOME="/nowhere", PYTHONPATH="/nowhere", CONDA_PREFIX="/nowhere", MPLBACKEND="nonsense",
-                   PYTHONWARNINGS="error", PYTHONOPTIMIZE="2", PIP_USER="1")
+                   PYTHONWARNINGS="error", PYTHONOPTIMIZE="2", PIP_USER="1", PYTHONDONTWRITEBYTECODE="1")
     seen = recipe_environment(**foreign)
     assert not [k for k, v in foreign.items() if seen.get(k) == v]
     assert seen["PYTHONPATH"] == str(ROOT) and seen["PYTHONUTF8"] == "1"

@@ -27,6 +27,7 @@ from bridgexfer.synthetic_sets import read_spec, shard_path, shard_rows, shard_s
 from diffusers.utils import torch_utils
 from PIL import Image
 from safetensors.torch import save_file
+from warm import PROCESSES, spent, start_code
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 
@@ -65,15 +66,16 @@ generate(synthesis_spec(model, names, **fields), root, 8, progress=False)
 def test_kill_and_resume(model, pipe, tmp_path, one_thread):
     fields = dict(steps=5, size=32, batch=16, shard=2)
     spec = synthesis_spec(model, DIGITS, **fields)
-    command = [sys.executable, "-c", WORKER, json.dumps([model, DIGITS, str(tmp_path / "killed"), fields])]
-    worker = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    given = json.dumps([model, DIGITS, str(tmp_path / "killed"), fields])
+    worker = start_code(WORKER, given, log=tmp_path / "log")
     folder = tmp_path / "killed" / spec_hash(spec)
     until = time.time() + 300
-    while not contents(folder) and worker.poll() is None and time.time() < until:
+    while not contents(folder) and worker.is_alive() and time.time() < until:
         time.sleep(0.01)
     time.sleep(0.05)  # into the next shard
-    worker.send_signal(signal.SIGKILL)
-    assert worker.wait() == -signal.SIGKILL
+    worker.kill()
+    worker.join()
+    assert worker.exitcode == -signal.SIGKILL
     left = contents(folder)
     assert 1 <= len(left) < 4
     resumed = generate(spec, tmp_path / "killed", 8, pipe=pipe, progress=False)
@@ -91,23 +93,23 @@ from bridgexfer.models import load_pipeline
 from bridgexfer.synthetic_sets import generate
 model, names, root, fields = json.loads(sys.argv[1])
 pipe, spec = load_pipeline(model), synthesis_spec(model, names, **fields)
-print("ready", flush=True)
-sys.stdin.readline()
+start.wait(300)
 print(generate(spec, root, 16, pipe=pipe, progress=False).new)
 """
 
 
-def test_jobs_make_a_set_at_once(model, pipe, tmp_path, one_thread):
+def test_jobs_make_a_set_at_once(model, pipe, tmp_path, one_thread, record_property):
     "Three processes started together: each ends well, with the files that one process makes."
     fields = dict(steps=3, size=32, batch=10, shard=1)
     spec = synthesis_spec(model, DIGITS, **fields)
-    command = [sys.executable, "-c", SHARER, json.dumps([model, DIGITS, str(tmp_path / "shared"), fields])]
-    options = dict(env={**os.environ, "OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    jobs = [subprocess.Popen(command, **options) for _ in range(3)]
-    for job in jobs: assert job.stdout.readline() == "ready\n"
-    for job in jobs: print("go", file=job.stdin, flush=True)
-    new = [json.loads(job.communicate(timeout=300)[0]) for job in jobs]
-    assert not any(job.returncode for job in jobs)
+    given = json.dumps([model, DIGITS, str(tmp_path / "shared"), fields])
+    logs = [tmp_path / f"log{k}" for k in range(3)]
+    start = PROCESSES.Barrier(3)
+    jobs = [start_code(SHARER, given, log=log, start=start) for log in logs]
+    for job in jobs: job.join(300)
+    record_property("elsewhere", spent(*logs))
+    assert [job.exitcode for job in jobs] == [0] * 3
+    new = [json.loads(log.read_text()) for log in logs]
     alone = generate(spec, tmp_path / "alone", 16, pipe=pipe, progress=False)
     shared = SyntheticSet(tmp_path / "shared" / spec_hash(spec))
     assert contents(shared.folder) == contents(alone.folder) and len(contents(alone.folder)) == 16

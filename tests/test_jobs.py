@@ -179,12 +179,19 @@ def test_figures_that_came_with_a_clone_are_made_anew(clone):
         for folder in (runs, state): folder.with_name(f"{folder.name}.away").rename(folder)
 
 
-def test_prose_reruns_nothing(clone):
+def ask_for_more(text):
+    "An edit of settings: the resources requested per job."
+    more = "memory = 3\nhours = 2\ntransfer_memory = 4\ncore_hours = 5\n"
+    return text.replace("memory         = 2\nhours          = 1\n", more)
+
+
+def test_prose_and_resources_rerun_nothing(clone):
     for notebook in [*clone.folder.glob("nbs/jobs/*.ipynb"), *clone.folder.glob("nbs/paper/*.ipynb")]:
         clone.edit(notebook, add_cell("markdown", "More prose."))
         clone.edit(notebook, add_cell("code", "# a comment"))
     for module in clone.folder.glob("bridgexfer/**/*.py"): clone.edit(module, lambda text: text + "\n# a comment\n")
     clone.edit("settings.ini", lambda text: text.replace("[smoke]", "# a comment\n[smoke]"))
+    clone.edit("settings.ini", ask_for_more)
     assert clone.would_run()[0] == set()
 
 
@@ -224,17 +231,6 @@ def test_what_was_made_for_the_study_is_not_made_again_for_the_paper(whole):
     clone, printed = whole
     assert not re.search(r"^(Job \d+: )?(Scoring|Writing tab2_pipelines)", printed, re.M)
     assert clone.would_run("paper")[0] == set()
-
-
-def ask_for_more(text):
-    "An edit of settings: the resources requested per job."
-    more = "memory = 3\nhours = 2\ntransfer_memory = 4\ncore_hours = 5\n"
-    return text.replace("memory         = 2\nhours          = 1\n", more)
-
-
-def test_resources_rerun_nothing(clone):
-    clone.edit("settings.ini", ask_for_more)
-    assert clone.would_run()[0] == set()
 
 
 @pytest.mark.slow

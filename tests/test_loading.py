@@ -1,6 +1,4 @@
 """Loading: crops are torchvision's, fast ways give what plain ways give, and large sets are mapped and not held."""
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 
@@ -23,6 +21,7 @@ from bridgexfer.loading import InputConfig, crop, cropped, eval_batches, normali
 from bridgexfer.loading import random_boxes, to_device, to_float, train_batches
 from bridgexfer.synthetic_sets import SyntheticSet, bind, image_file, shard_path, shard_table, write_shard
 from bridgexfer.transfer import join
+from warm import spent, start_code
 
 SETTINGS = [Augment(), GLYPHS, Augment(scale=(0.5, 1), ratio=(0.5, 2)), Augment(scale=(0.9, 1), ratio=(0.4, 2.5)),
             Augment(scale=(0.2, 0.21), ratio=(1, 1))]
@@ -286,12 +285,14 @@ def test_what_a_process_writes_into_mapped_pixels_stays_its_own(made):
     assert np.array_equal(made.images(4, memory=0).pixels, noise(40, 32, 0))
 
 
-def test_two_jobs_that_start_together(made):
+def test_two_jobs_that_start_together(made, tmp_path, record_property):
     code = ("import sys\nfrom bridgexfer.synthetic_sets import SyntheticSet\n"
             "print(SyntheticSet(sys.argv[1]).images(memory=0).digest)")
-    command = [sys.executable, "-c", code, str(made.folder)]
-    jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert {job.communicate()[0].strip() for job in jobs} == {made.images().digest}
+    logs = [tmp_path/f"log{k}" for k in range(2)]
+    jobs = [start_code(code, str(made.folder), log=log) for log in logs]
+    for job in jobs: job.join()
+    record_property("elsewhere", spent(*logs))
+    assert {log.read_text().strip() for log in logs} == {made.images().digest}
     assert [p.suffix for p in kept(made)] == [".npy"] * 3
 
 

@@ -21,7 +21,7 @@ from nbformat.v4 import new_output
 from packaging.requirements import Requirement
 from packaging.version import Version
 from PIL import Image
-from warm import run_notebook
+from warm import run_notebook, spent, start_code
 
 ROOT = Path(__file__).parent.parent
 WINGS = ("library", "data", "study", "apps") # whose notebooks export; each imports only what comes before it
@@ -332,7 +332,10 @@ def job():
     code = ["import json, sys", *(f"import {m}" for m in sorted(modules)), f"slow = {SLOW} & set(sys.modules)",
             "from bridgexfer.study.grid import PAGES, Study",
             "rules = {job.rule for job in Study('miniature', lr='0.1').jobs()}",
-            "print(json.dumps(dict(slow=[*slow], rules=[*rules], pages=[p.name for p in PAGES])))"]
+            "from bridgexfer.study.costs import plan_text",
+            "plan_text(Study('smoke', lr='tuned'))",
+            "planned = sorted({'timm', 'diffusers', 'transformers'} & set(sys.modules))",
+            "print(json.dumps(dict(slow=[*slow], planned=planned, rules=[*rules], pages=[p.name for p in PAGES])))"]
     done = run(sys.executable, "-c", "\n".join(code))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -341,6 +344,11 @@ def job():
 def test_jobs_start_without_what_they_may_not_need(job):
     "What takes long to import is imported by the functions that use it; a job's modules bring torch and little more."
     assert not job["slow"]
+
+
+def test_a_plan_is_made_without_models(job):
+    "Nor do the jobs, which the same process has listed: that opens no model, and importing timm takes seconds."
+    assert job["planned"] == []
 
 
 def test_the_study_knows_every_job_and_paper_notebook(job):
@@ -375,8 +383,11 @@ def test_readme_is_what_its_notebook_gives():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_readme_python_runs_as_pasted(tmp_path):
+def test_readme_python_runs_as_pasted(tmp_path, record_property):
     pasted = re.findall(r"^```python\n(.*?)^```", (ROOT/"README.md").read_text(), re.M | re.S)
     assert len(pasted) >= 1
-    done = run(sys.executable, "-c", "\n".join(pasted), cwd=tmp_path)
-    assert done.returncode == 0 and 0 < float(done.stdout) < 1, done.stdout + done.stderr
+    log = tmp_path/"log"
+    pasting = start_code("\n".join(pasted), log=log, folder=tmp_path)
+    pasting.join()
+    record_property("elsewhere", spent(log))
+    assert pasting.exitcode == 0 and 0 < float(log.read_text()) < 1, (tmp_path/"log.errors").read_text()

@@ -1,9 +1,6 @@
 """Transfer: what is shared is found again, what has changed is not, and nothing is chosen on test images."""
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -26,6 +23,7 @@ from bridgexfer.miniature.typeset import DIGITS, corpus
 from bridgexfer.study.grid import Study
 from bridgexfer.transfer import (BridgeSpec, CONTROLS, PIPELINES, Run, image_passes, join, load_bridge, make_bridge,
                                  pipeline, transfer, transfer_spec)
+from warm import start_code
 
 ARCH = "mini_resnet10"
 STAGES = (FinetuneSpec(0.03, 1, augment=GLYPHS), FinetuneSpec(0.03, 2, augment=GLYPHS))
@@ -228,13 +226,13 @@ def test_a_killed_stage_1_resumes_where_it_was(synthetic, monkeypatch, tmp_path,
     "SIGKILL while the bridge trains leaves no bridge, and the next call ends with the bits of an undisturbed run."
     spec, _ = long_bridge(synthetic)
     folder = tmp_path/"killed"/spec_hash(spec)
-    child = subprocess.Popen([sys.executable, "-c", CHILD, os.path.dirname(__file__), str(tmp_path/"killed")])
+    child = start_code(CHILD, os.path.dirname(__file__), str(tmp_path/"killed"), log=tmp_path/"log")
     while not (folder/"state.safetensors").exists():
-        assert child.poll() is None
+        assert child.is_alive(), (tmp_path/"log.errors").read_text()
         time.sleep(0.01)
     time.sleep(0.2) # into some epoch
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
+    child.join()
     with safe_open(folder/"state.safetensors", "pt") as f: done = len(json.loads(f.metadata()["training"])["curve"])
     assert 1 <= done < 60 and not (folder/"bridge.json").exists()
     (folder/"model.safetensors").write_bytes(b"half")
