@@ -7,20 +7,21 @@ __all__ = ['app', 'COMPLETED', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device
            'KeyValues', 'Links', 'Fetch', 'PerClass', 'Templates', 'Table', 'Captions', 'Domain', 'Prefix', 'Suffix',
            'Negative', 'FromReal', 'Between', 'Strength', 'Lora', 'LoraScale', 'Synthetic', 'FeaturesOf', 'Backbones',
            'Share', 'Threshold', 'Backbone', 'Given', 'NoImages', 'Hours', 'Kept', 'Pictures', 'Top', 'Batch', 'Row',
-           'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'TOO_LITTLE', 'FEWER', 'SYSTEM', 'BUG', 'BROKEN_PIPE',
-           'given', 'finite', 'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values',
-           'example', 'check', 'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate',
-           'transfer', 'predict', 'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain',
-           'WithoutBars', 'main']
+           'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'TOO_LITTLE', 'FEWER', 'BUG', 'BROKEN_PIPE', 'given',
+           'finite', 'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values', 'example',
+           'check', 'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer',
+           'predict', 'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'WithoutBars',
+           'main']
 
 # %% ../nbs/apps/05_cli.ipynb #373bd560
-import errno, io, json, os, re, shlex, sys, traceback
+import io, json, os, re, shlex, sys, traceback
 from contextlib import redirect_stderr
 from glob import escape, glob
 from math import isfinite
 from pathlib import Path
 from typing import Annotated
 import typer
+from .artefacts import said_by_system
 from .interruptions import interrupted
 
 # %% ../nbs/apps/05_cli.ipynb #a6f7e696
@@ -142,8 +143,9 @@ def _own_study(dataset: str, profile: str | None, words: list[str] | None,
     changes = key_values(words)
     if twice := [k for k, v in named.items() if changes.get(k, v) != v]:
         raise ValueError(f"--{twice[0]} {named[twice[0]]} and --set {twice[0]}={changes[twice[0]]} differ: give one.")
+    study = own_study(dataset, generates=generates, **{**named, **changes})
     if file := user_ini(dataset): print(f"Settings of {file} hold.", file=sys.stderr)
-    return own_study(dataset, generates=generates, **{**named, **changes})
+    return study
 
 # %% ../nbs/apps/05_cli.ipynb #7f811a3c
 def _device(name: str | None) -> str:
@@ -501,6 +503,12 @@ Hours = Annotated[float | None, _number(
     "H", "measure this machine, and choose images, seeds and epochs so that all ends within H hours")]
 
 # %% ../nbs/apps/05_cli.ipynb #49ba4d49
+def _say_doubts(dataset: str, report) -> None: # report: of `check_folder`
+    "Say what a check warns of."
+    if not report.warnings: return
+    print(f"Warning: a check of {dataset} has doubts ({', '.join(report.warnings)}); bridgexfer check "
+          f"{shlex.quote(dataset)} says more.", file=sys.stderr)
+
 @app.command()
 def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model: Model = None,
              settings: Settings = None, device: Device = None, arch: Backbone = None,
@@ -518,6 +526,7 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     if dataset_folder(dataset) and not (report := check_folder(dataset)).ok:
         text = f"{report.text()}\nRepair these first; nothing was trained."
         return _answer(1, {"check": report.to_dict()}, text, as_json)
+    if dataset_folder(dataset): _say_doubts(dataset, report)
     study = _own_study(dataset, profile, settings, not synthetic, images=images, seeds=seeds, model=model)
     arch = arch or study.archs[0]
     check_stored(study.settings, [arch])
@@ -569,8 +578,9 @@ def export(model: Kept, onnx: Annotated[bool, _flag("--onnx", "as ONNX, the only
     from bridgexfer.classifier import CHECKED, export_onnx, open_classifier
     if not onnx: raise ValueError("The format is missing: give --onnx.")
     path = Path(out or Path(model)/"model.onnx")
-    if out: check_writable(out)
-    difference = export_onnx(open_classifier(model), path)
+    classifier = open_classifier(model)
+    check_writable(path)
+    difference = export_onnx(classifier, path)
     text = (f"{path}: takes RGB images with values in [0, 1], gives probabilities; they differ from PyTorch's by "
             f"{difference:.1g} at most on {CHECKED} images.")
     return _answer(0, {"file": str(path), "difference": difference, "images": CHECKED}, text, as_json)
@@ -662,18 +672,6 @@ def _advice(error: BaseException, command: str) -> str | None: # None: the error
     return None
 
 # %% ../nbs/apps/05_cli.ipynb #74950b1b
-SYSTEM = { # code of the operating system -> what to do
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space and run the same command again."),
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR), "Check the path."),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Change its permissions, or give another path."),
-    errno.ENAMETOOLONG: "Give a shorter name.", errno.EEXIST: "Give a new name.",
-    errno.EMFILE: "Raise the limit with `ulimit -n` and run the same command again."}
-
-def _of_system(error: OSError) -> str: # one sentence or two
-    "What the operating system says, where, and what to do."
-    where = f"{error.filename}: " if error.filename is not None else ""
-    return f"{where}{error.strerror}. {SYSTEM.get(error.errno, '')}".strip()
-
 def explain(error: Exception,
             command: str = "", # that was run
            ) -> str | None: # one sentence or two; None: no user can cause this
@@ -684,7 +682,7 @@ def explain(error: Exception,
     if "NonFiniteLoss" in kinds or type(error) is ArithmeticError: return str(error) # of our own
     if kinds.intersection(ENVIRONMENT): return f"{type(error).__name__}: {_first_line(error)}"
     if not isinstance(error, ValueError | OSError): return None
-    if isinstance(error, OSError) and error.strerror: return _of_system(error)
+    if isinstance(error, OSError): return said_by_system(error)
     return " ".join(str(error).split()) or type(error).__name__
 
 # %% ../nbs/apps/05_cli.ipynb #52c95d95

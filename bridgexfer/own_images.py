@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'PIPELINES_COMPARED', 'Before', 'TOO_LITTLE', 'OURS', 'VERDICTS', 'CARD', 'warn_of_names', 'user_ini',
            'own_study', 'own_runs', 'own_token', 'own_lora', 'own_set', 'check_classes', 'write_images',
-           'write_example', 'given_set', 'own_filled', 'own_images', 'OutOfTime', 'run_own', 'best_so_far',
-           'unsearched', 'own_choice', 'own_choices', 'Outcome', 'own_table', 'own_difference', 'own_model',
-           'whole_seeds', 'compare_own', 'confusion', 'hardest', 'draw_confusion', 'timm_config', 'history',
-           'accuracy_lines', 'card_data', 'training_lines', 'model_card', 'write_outcome', 'save_outcome']
+           'write_example', 'check_unseen', 'given_set', 'own_filled', 'own_images', 'OutOfTime', 'run_own',
+           'best_so_far', 'unsearched', 'own_choice', 'own_choices', 'Outcome', 'own_table', 'own_difference',
+           'own_model', 'whole_seeds', 'compare_own', 'confusion', 'hardest', 'draw_confusion', 'timm_config',
+           'history', 'accuracy_lines', 'card_data', 'training_lines', 'model_card', 'write_outcome', 'save_outcome']
 
 # %% ../nbs/apps/00_own_images.ipynb #b48c2624
 import json
@@ -27,7 +27,7 @@ from PIL import Image
 from torch import nn
 
 # %% ../nbs/apps/00_own_images.ipynb #5e41513a
-from .artefacts import digest, spec_hash, write_json
+from .artefacts import check_writable, digest, spec_hash, write_json
 from .backbones import input_config
 from .data.registry import REGISTRY, dataset_folder, dataset_info, load_dataset
 from .datasets import Dataset
@@ -36,8 +36,9 @@ from .finetune import NonFiniteLoss
 from .generation import with_lora
 from .images import SMALL, Images
 from .imported_sets import ImageSet, ImportedSet, open_set
+from .layouts import read_parts
 from .lora import adapt
-from .prompts import names_nothing
+from .prompts import names_nothing, numbered
 from .search import Trial, search
 from .statistics import compare, summary
 from .study.grid import SHIPPED_NAMES, Study, subset
@@ -52,10 +53,10 @@ log = logging.getLogger(__name__)
 
 def warn_of_names(names: tuple[str, ...]) -> None: # of classes
     "Say on standard error that class names do not say what to draw."
-    nameless = [name for name in names if names_nothing(name)]
+    nameless = [*filter(names_nothing, names), *numbered(names)]
     if not nameless: return
-    log.warning('Warning: %s of %s class names are no words, and prompts read "a photo of a %s.": say what the classes '
-                "show in names.json.", len(nameless), len(names), nameless[0])
+    log.warning('Warning: %s of %s class names are numbers or begin with one, and prompts read "a photo of a %s.": '
+                "say what the classes show in names.json.", len(nameless), len(names), nameless[0])
 
 # %% ../nbs/apps/00_own_images.ipynb #9571a7ed
 def user_ini(dataset: str, # a folder, or a name of the registry
@@ -177,7 +178,9 @@ def write_example(folder: str | Path, # a new one
     folder = Path(folder)
     if folder.exists(): raise FileExistsError(f"{folder} exists already: give a new folder.")
     if min(train, test) < 1: raise ValueError(f"train and test are 1 or more, got {train} and {test}.")
+    check_writable(folder, folder=True)
     digits = load_dataset(f"{REGISTRY}digits")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as tmp:
         write_images(digits.train, Path(tmp)/"new"/"train", train)
         write_images(digits.test, Path(tmp)/"new"/"test", test)
@@ -185,6 +188,18 @@ def write_example(folder: str | Path, # a new one
     return folder
 
 # %% ../nbs/apps/00_own_images.ipynb #b466aa9c
+def check_unseen(given: ImportedSet,
+                 folder: Path, # of a dataset
+                ) -> None:
+    "Raise if a set holds test images of the dataset; say so if it holds training images."
+    theirs = set(given.index["sha256"].to_pylist())
+    shared = {split: sum(h in theirs for h in part.hashes) for split, part in read_parts(folder).items()}
+    if shared["test"]:
+        raise ValueError(f"{shared['test']} of the images in {given.spec.source} are test images of {folder}, on which "
+                         "the classifier is to be tested: leave them out.")
+    if shared["train"]: log.warning("Warning: %s of the images in %s are training images of %s, and not synthetic.",
+                                    shared["train"], given.spec.source, folder)
+
 def given_set(study: Study, # of `own_study`
               data: Dataset, # or its metadata alone: no image is looked at
               folder: str | Path, # of a set, in any layout
@@ -192,6 +207,8 @@ def given_set(study: Study, # of `own_study`
     "A set that a user gives; one that has not the classes of the dataset is a ValueError."
     found = open_set(folder, data.info.names, study.runs_dir/"imported", study.settings.stored_size)
     check_classes(found, data)
+    ours = dataset_folder(study.settings.datasets[0])
+    if ours and isinstance(found, ImportedSet): check_unseen(found, ours)
     return found
 
 # %% ../nbs/apps/00_own_images.ipynb #2ee5d6c1

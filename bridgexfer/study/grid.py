@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BEYOND', 'SWEEPS', 'LEARNED', 'FROM_REAL', 'FILTERED_FROM', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES',
            'LISTED', 'MESSAGES', 'PAGES', 'Profile', 'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'SetKeys',
-           'Sets', 'AllSets', 'subset', 'strength', 'recipe_of', 'kinds_of', 'searched_rates', 'check_stored', 'Specs',
-           'Learned', 'SetSpecs', 'web_images', 'Drawn', 'Runs', 'Trainings', 'Cells', 'Tuned', 'Choices', 'RunSpecs',
-           'search_weight', 'Tuning', 'Searches', 'is_resource', 'decides', 'Job', 'in_parts', 'contents', 'patterns',
-           'rates_of', 'shards_of', 'set_parts', 'set_jobs', 'set_manifests', 'sweep_jobs', 'searched_manifests',
-           'beyond_jobs', 'other_jobs', 'Page', 'page_of', 'Results', 'Study', 'near', 'command', 'job_command',
-           'page_command', 'resources', 'state', 'job_state', 'page_state', 'gather', 'gather_choices', 'gather_sets',
-           'gather_parts']
+           'Sets', 'AllSets', 'subset', 'strength', 'recipe_of', 'kinds_of', 'searched_rates', 'check_stored',
+           'check_shots', 'Specs', 'Learned', 'SetSpecs', 'web_images', 'Drawn', 'Runs', 'Trainings', 'Cells', 'Tuned',
+           'Choices', 'RunSpecs', 'search_weight', 'Tuning', 'Searches', 'is_resource', 'decides', 'Job', 'in_parts',
+           'contents', 'patterns', 'rates_of', 'shards_of', 'set_parts', 'set_jobs', 'set_manifests', 'sweep_jobs',
+           'searched_manifests', 'beyond_jobs', 'other_jobs', 'Page', 'page_of', 'Results', 'Study', 'near', 'command',
+           'job_command', 'page_command', 'resources', 'state', 'job_state', 'page_state', 'gather', 'gather_choices',
+           'gather_sets', 'gather_parts']
 
 # %% ../../nbs/study/02_grid.ipynb #dd4520b4
 import json
@@ -360,6 +360,16 @@ def check_stored(s: Settings,
         if size > s.stored_size:
             raise ValueError(f"{arch} takes images of {size} pixels, and they are stored at {s.stored_size}: set "
                              f"stored_size={size} or more, or take another backbone.")
+
+# %% ../../nbs/study/02_grid.ipynb #f0a1c301
+def check_shots(s: Settings, info: DatasetInfo) -> None:
+    "Raise a `ValueError` if more images of a class are asked for than a dataset has of an average one."
+    most = info.counts[0] // len(info.names)
+    for key in ("shots", "few_shots", "style_shots", "class_shots", "clip_shots", "beyond_shots"):
+        asked = max(map(count, s.values[key]), default=0)
+        if 0 < most < asked:
+            raise ValueError(f"{key} asks for {asked} images of each class, and {info.name} has {info.counts[0]} "
+                             f"training images of {len(info.names)} classes: give fewer, or full.")
 
 # %% ../../nbs/study/02_grid.ipynb #5b9f6a19
 class Specs(AllSets):
@@ -984,7 +994,7 @@ class Study(Results):
     "One profile of the study."
     @cached_property
     def _jobs(self) -> tuple[Job, ...]:
-        for d in self.datasets: dataset_info(d) # an unknown one is named before anything is planned
+        for d in self.datasets: check_shots(self.settings, dataset_info(d)) # before anything is planned
         jobs = set_jobs(self) + beyond_jobs(self)
         for sweep in SWEEPS:
             for arch in self.archs_of(sweep):
@@ -1013,9 +1023,15 @@ class Study(Results):
         return [p for p in self.pages() if p.target in made]
 
 # %% ../../nbs/study/02_grid.ipynb #ff879e4f
+def _flag(text: str) -> str: # of papermill
+    "How a text is handed over: `-p`, unless papermill would read it as a number, as of a folder called 2024."
+    try: float(text)
+    except ValueError: return "-r" if text in ("True", "False", "None") else "-p"
+    return "-r"
+
 def _options(parameters: dict[str, str]) -> str:
     "`-p name value` for each parameter that is not empty."
-    return " ".join(f"-p {k} {shlex.quote(v)}" for k, v in parameters.items() if v)
+    return " ".join(f"{_flag(v)} {k} {shlex.quote(v)}" for k, v in parameters.items() if v)
 
 def near(path: Path) -> str:
     "A path as a command names it: relative where it is below the working folder."
