@@ -1526,6 +1526,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'bridgexfer.study.grid.Specs.model': ('study/grid.html#specs.model', 'bridgexfer/study/grid.py'),
                                        'bridgexfer.study.grid.Study': ('study/grid.html#study', 'bridgexfer/study/grid.py'),
                                        'bridgexfer.study.grid.Study._jobs': ('study/grid.html#study._jobs', 'bridgexfer/study/grid.py'),
+                                       'bridgexfer.study.grid.Study.check': ('study/grid.html#study.check', 'bridgexfer/study/grid.py'),
                                        'bridgexfer.study.grid.Study.jobs': ('study/grid.html#study.jobs', 'bridgexfer/study/grid.py'),
                                        'bridgexfer.study.grid.Study.manifests': ( 'study/grid.html#study.manifests',
                                                                                   'bridgexfer/study/grid.py'),

@@ -606,6 +606,7 @@ def plan(settings: KeyValues = None, as_json: AsJson = False) -> int:
     "What a profile costs before it runs: jobs, images, hours, disk."
     from bridgexfer.study.costs import costs, plan_text, rates_of, targets_of, work_of
     study = _study(settings)
+    study.check()
     if not as_json: return _answer(0, None, plan_text(study), as_json)
     return _answer(0, _rows(costs(work_of(study, targets_of(study), beyond=True), rates_of(study))), "", as_json)
 

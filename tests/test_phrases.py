@@ -2,6 +2,7 @@
 import os
 import re
 import shlex
+import shutil
 import socket
 import stat
 import subprocess
@@ -18,11 +19,13 @@ from bridgexfer.artefacts import atomic, check_writable
 from bridgexfer.cli import main
 from bridgexfer.data import check as check_module
 from bridgexfer.data.check import check_folder
-from bridgexfer.data.registry import dataset_info
+from bridgexfer.data.registry import dataset_info, load_dataset
 from bridgexfer.datasets import listed
 from bridgexfer.layouts import find_layout
+from bridgexfer.own_images import given_set, own_study, warn_of_names
+from bridgexfer.prompts import name_of_folder
 from bridgexfer.study.costs import require_baseline
-from bridgexfer.study.grid import Study
+from bridgexfer.study.grid import Study, job_command
 from bridgexfer.study.settings import load_settings, parse_setting
 from bridgexfer.user_prompts import read_table
 
@@ -331,3 +334,77 @@ def test_values_that_nobody_listed(words, said, capsys, monkeypatch):
     first = [] if words[0].startswith("profile") else ["profile=smoke"]
     if said: assert said in sentence(capsys, "plan", *first, *words)
     else: assert main(["plan", *first, *words]) == 0
+
+
+# ---- wrong things that nobody is told of
+
+@pytest.mark.parametrize(("classes", "doubtful"), [
+    (("001.Black_footed_Albatross", "owl"), ["001.Black_footed_Albatross"]), (("1_cat", "2_dog"), ["1_cat", "2_dog"]),
+    (("n02085620-Chihuahua", "owl"), ["n02085620-Chihuahua"]), (("2012 BMW", "owl"), [])])
+def test_numbers_before_class_names_are_not_drawn_without_a_word(classes, doubtful, tmp_path, caplog):
+    folder = write_folder(tmp_path/"my", classes)
+    found = check_folder(folder).findings
+    found = found[found["kind"] == "nameless"]
+    assert list(found["class"]) == doubtful
+    if doubtful: assert f'"a photo of a {name_of_folder(doubtful[0])}."' in found["text"].iloc[0]
+    warn_of_names(tuple(map(name_of_folder, classes)))
+    assert ("begin with" in caplog.text) == bool(doubtful)
+
+
+def test_classes_one_folder_too_deep_are_pointed_out(tmp_path, capsys):
+    folder = write_folder(tmp_path/"my", ("cat", "dog"), ("animal", "thing"))
+    shutil.move(folder/"thing"/"dog", folder/"plant")
+    found = check_folder(folder).findings
+    found = found[found["kind"] == "nested"]
+    assert list(found["class"]) == ["animal"] and "(cat, dog), which count as one class" in found["text"].iloc[0]
+    assert main(["check", str(write_folder(tmp_path/"deep", tops=("data",)))]) == 1
+    assert "if they are classes, move them up" in capsys.readouterr().out
+
+
+def test_doubts_about_a_folder_are_said_where_it_is_trained_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = write_folder(tmp_path/"my folder", tops=("train", "test"))
+    words = ["transfer", str(folder), "--profile", "smoke", "--set", f"runs={tmp_path/'runs'}"]
+    Image.fromarray(picture(7)).save(folder/"train"/"loose.png")
+    def stop(*_): raise ValueError("enough")
+    monkeypatch.setattr("bridgexfer.cli._warn_of_cpu", stop)
+    said = sentence(capsys, *words)
+    assert f"Warning: a check of {folder} has doubts (not read); bridgexfer check '{folder}' says more." in said
+    (folder/"train"/"loose.png").unlink()
+    assert "doubts" not in sentence(capsys, *words)
+
+
+def test_a_given_set_holds_no_test_image(tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = write_folder(tmp_path/"my", tops=("train", "test"))
+    given = write_folder(tmp_path/"given", tops=("new",))/"new"
+    for path in given.rglob("*.png"): Image.fromarray(picture([9, *map(ord, str(path))])).save(path)
+    study = own_study(str(folder), "smoke", generates=False, runs=str(tmp_path/"runs"))
+    def take(): return given_set(study, load_dataset(str(folder)), given)
+    take()
+    assert not caplog.text
+    shutil.copy(folder/"train"/"one"/"0.png", given/"one"/"copy.png")
+    take()
+    assert f"1 of the images in {given} are training images of {folder}, and not synthetic" in caplog.text
+    shutil.copy(folder/"test"/"one"/"0.png", given/"one"/"other name.png")
+    with pytest.raises(ValueError, match=f"1 of the images in {given} are test images of {folder}"): take()
+    words = ["transfer", folder, "--profile", "smoke", "--synthetic", folder/"test", "--out", tmp_path/"new"]
+    assert "6 of the images" in sentence(capsys, *words, "--set", f"runs={tmp_path/'runs'}")
+    assert not (tmp_path/"new").exists()
+
+
+@pytest.mark.parametrize("name", ["2024", "1e5", "None", "nan", "-7"])
+def test_a_folder_called_like_a_number_stays_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path/name)
+    study = Study("smoke", ROOT/"settings.ini", datasets=name)
+    job = next(job for job in study.jobs() if job.rule == "transfer")
+    words = shlex.split(job_command(study, job))
+    assert words[words.index("dataset") - 1:][:3] == ["-r", "dataset", name] and words[words.index("sweep") - 1] == "-p"
+
+
+@pytest.mark.parametrize("key", ["shots", "few_shots", "beyond_shots"])
+def test_more_shots_than_there_are_images_are_rejected_before_the_work(key, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    said = sentence(capsys, "plan", "profile=smoke", f"{key}=10000")
+    assert f"{key} asks for 10000 images of each class, and digits has 898 training images of 10 classes" in said

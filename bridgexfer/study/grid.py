@@ -992,9 +992,13 @@ class Results(Searches):
 # %% ../../nbs/study/02_grid.ipynb #57531bb0
 class Study(Results):
     "One profile of the study."
+    def check(self) -> None:
+        "Raise a `ValueError` if a dataset is unknown, or smaller than what is asked of it."
+        for d in self.datasets: check_shots(self.settings, dataset_info(d))
+
     @cached_property
     def _jobs(self) -> tuple[Job, ...]:
-        for d in self.datasets: check_shots(self.settings, dataset_info(d)) # before anything is planned
+        self.check() # before anything is planned
         jobs = set_jobs(self) + beyond_jobs(self)
         for sweep in SWEEPS:
             for arch in self.archs_of(sweep):
