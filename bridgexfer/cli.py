@@ -491,6 +491,13 @@ def _warn_of_cpu(study, device: str) -> None:
     print(f"Warning: the profile {study.settings.profile} is made for a GPU, and on a CPU it may take weeks.",
           file=sys.stderr)
 
+# %% ../nbs/apps/05_cli.ipynb #f0a1c401
+def _say_doubts(dataset: str, report) -> None: # report: of `check_folder`
+    "Say what a check warns of."
+    if not report.warnings: return
+    print(f"Warning: a check of {dataset} has doubts ({', '.join(report.warnings)}); bridgexfer check "
+          f"{shlex.quote(dataset)} says more.", file=sys.stderr)
+
 # %% ../nbs/apps/05_cli.ipynb #a6ec1d6d
 Backbone = Annotated[str | None, _option(
     "NAME", "the backbone: a name of bridgexfer or of timm (default: profile's first)",
@@ -503,12 +510,6 @@ Hours = Annotated[float | None, _number(
     "H", "measure this machine, and choose images, seeds and epochs so that all ends within H hours")]
 
 # %% ../nbs/apps/05_cli.ipynb #49ba4d49
-def _say_doubts(dataset: str, report) -> None: # report: of `check_folder`
-    "Say what a check warns of."
-    if not report.warnings: return
-    print(f"Warning: a check of {dataset} has doubts ({', '.join(report.warnings)}); bridgexfer check "
-          f"{shlex.quote(dataset)} says more.", file=sys.stderr)
-
 @app.command()
 def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, model: Model = None,
              settings: Settings = None, device: Device = None, arch: Backbone = None,

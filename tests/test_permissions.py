@@ -17,7 +17,7 @@ from bridgexfer.synthetic_sets import find_damage, read_spec
 from test_phrases import sentence, write_folder
 
 ROOT = Path(__file__).parents[1]
-OVERRIDES = (1, 2, 3) # capabilities of Linux by which root opens what others may not: DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER
+OVERRIDES = (1, 2, 3) # DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER: by these root opens what others may not
 
 
 class Header(ctypes.Structure): _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
@@ -82,7 +82,9 @@ def place(made, tmp_path, monkeypatch):
     return tmp_path/"made"
 
 
-def settings(place): return ["--profile", "smoke", "--set", f"runs={place/'runs'}", "--set", "images=2", "--set", "steps=2"]
+def settings(place):
+    changes = (f"runs={place/'runs'}", "images=2", "steps=2")
+    return ["--profile", "smoke", *(word for change in changes for word in ("--set", change))]
 
 
 # ---- what the system says
@@ -182,14 +184,17 @@ def test_a_set_that_may_not_be_read(place, capsys):
     shutil.copytree(place/"my"/"train", given)
     for path in (given/"three"/"000.png", given/"three", given):
         with closed(path):
-            said = sentence(capsys, "transfer", place/"my", *settings(place), "--synthetic", given, "--out", place/"new")
-            assert said == denied(path)
+            words = ["transfer", place/"my", *settings(place), "--synthetic", given]
+            assert sentence(capsys, *words, "--out", place/"new") == denied(path)
     assert not (place/"new").exists()
 
 
 # ---- models, classifiers, images
 
-@pytest.mark.parametrize("part", [".", "model_index.json", "unet", "unet/diffusion_pytorch_model.safetensors", "scheduler"])
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("part", [".", "model_index.json", "unet", UNET, "scheduler"])
 def test_a_model_that_may_not_be_read(place, part, capsys):
     model = place/"model"
     shutil.copytree(ROOT/"bridgexfer"/"weights"/"pipeline", model)
