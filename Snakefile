@@ -16,7 +16,7 @@ JOBS = said(lambda: {job.key: job for job in study.jobs()})
 said(lambda: check_stored(study.settings, study.all_archs))
 RUNS, FIGURES = near(study.runs_dir), near(study.figures_dir)
 BEGAN, LOCK = time.time(), [] # the lock's file is open as long as this process lives
-if {"study", "paper", "beyond", "jobs"} & {*sys.argv}: said(lambda: require_rates(study))
+if {"study", "paper", "beyond", "jobs"} & {*sys.argv}: said(lambda: require_rates(study, {*sys.argv}))
 if {"study", "paper", "beyond"} & {*sys.argv}: said(lambda: require_baseline(study))
 if study.offline: os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -192,8 +192,10 @@ def example(folder: Annotated[str, _argument("FOLDER", "a new one")],
     "Write a folder of labelled images, scanned digits, to try the other commands with."
     from bridgexfer.own_images import write_example
     made = write_example(folder, train, test)
-    text = f"{made}: ten classes of scanned digits. Go on with: bridgexfer check {shlex.quote(str(made))}"
-    return _answer(0, {"folder": str(made), "classes": 10, "train": 10 * train, "test": 10 * test}, text, as_json)
+    counts = {split: sum(1 for _ in (made/split).glob("*/*.png")) for split in ("train", "test")}
+    text = (f"{made}: ten classes of scanned digits, {counts['train']} images to train and {counts['test']} to test. "
+            f"Go on with: bridgexfer check {shlex.quote(str(made))}")
+    return _answer(0, {"folder": str(made), "classes": 10, **counts}, text, as_json)
 
 # %% ../nbs/apps/05_cli.ipynb #a5d89b13
 @app.command()

@@ -522,7 +522,8 @@ def check_lengths(pipe, # a pipeline of diffusers, or anything else with a token
         if not cuts or not all(cuts): continue
         limit = max(limit for _, limit in limits)
         raise ValueError(f"The prompt {prompt!r} is longer than the {limit} tokens that the model reads: "
-                         f"{min(cuts, key=len)!r} would be cut off. Shorten the class's name, or what is said besides it.")
+                         f"{min(cuts, key=len)!r} would be cut off. Shorten the class's name, or what is said besides "
+                         "it.")
 
 # %% ../nbs/library/07_generation.ipynb #3ec8dc3e
 def size_unit(pipe: "diffusers.DiffusionPipeline") -> int: # pixels

@@ -11,6 +11,25 @@ DINO = "vit_small_patch14_dinov2.lvd142m"
 
 # ---- learning rates
 
+HEAD = "dataset,arch,pipeline,shots,lr,stage1_lr,stage1_epochs,repeats"
+
+
+def test_a_search_of_fewer_shots_is_too_little_for_a_study_of_more(tmp_path):
+    "It would be found out after the images were made."
+    study = Study("smoke", lr="tuned", runs=f"{tmp_path}/runs", pipelines="vanilla bridged")
+    study.tuned_path.parent.mkdir(parents=True)
+    rows = [f"digits,mini_resnet10,{name},4,0.1,0.1,1,1" for name in ("vanilla", "bridged")]
+    study.tuned_path.write_text("\n".join([HEAD, *rows]))
+    few = Study("smoke", **study.overrides | {"shots": "4"})
+    require_rates(few, {"study"})
+    with pytest.raises(ValueError, match="no rate for vanilla on digits with mini_resnet10, full-shot: run `make tune`"):
+        require_rates(study, {"study"})
+    with pytest.raises(ValueError, match="no rate for .*: run `make tune`"): require_rates(few, {"paper"})
+    diverged = [f"digits,mini_resnet10,{name},0,,,," for name in ("vanilla", "bridged")] # tables say it
+    study.tuned_path.write_text("\n".join([HEAD, *rows, *diverged]))
+    require_rates(study, {"study"})
+
+
 def written(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("dataset\n")
@@ -25,7 +44,7 @@ def test_a_narrowed_study_reads_a_narrowed_search_unless_the_whole_one_has_run(t
     with pytest.raises(FileNotFoundError, match="run `make tune PROFILE=evening` first"): require_rates(study)
     own = written(narrowed.figures_dir/"tab5_learning_rates.csv")
     assert study.tuned_path == own
-    require_rates(study)
+    with pytest.raises(ValueError, match="has no rate for vanilla on pets with resnet18"): require_rates(study)
     whole = written(study.figures_dir/"tab5_learning_rates.csv")
     assert study.tuned_path == whole != own
 
