@@ -10,8 +10,8 @@ __all__ = ['app', 'COMPLETED', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device
            'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'TOO_LITTLE', 'FEWER', 'BUG', 'BROKEN_PIPE', 'given',
            'finite', 'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values', 'example',
            'check', 'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer',
-           'predict', 'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'WithoutBars',
-           'main']
+           'predict', 'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'Notes',
+           'WithoutBars', 'main']
 
 # %% ../nbs/apps/05_cli.ipynb #373bd560
 import io, json, os, re, shlex, sys, traceback
@@ -724,44 +724,59 @@ def _open_streams() -> None:
     if sys.stdout is None: sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     if sys.stderr is None: sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
 
+# %% ../nbs/apps/05_cli.ipynb #4c9aaf49
+class Notes:
+    "Standard error, which may be full or gone: what it does not take is dropped."
+    def __init__(self, stream): self.stream = stream
+
+    def _try(self, action: str, *args):
+        try: return getattr(self.stream, action)(*args)
+        except OSError: # what is still in its buffers goes nowhere, too
+            if self.stream is sys.__stderr__: os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def write(self, text: str) -> int: # characters
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None: self._try("flush")
+
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+class WithoutBars(Notes):
+    "Standard error for a file or a pipe: all but progress bars."
+    drawn = False # the last text was part of a bar
+
+    def write(self, text: str) -> int: # characters
+        if not text: return 0
+        after = self.drawn and text == "\n"
+        self.drawn = text.startswith("\r") or "\x1b[A" in text
+        return len(text) if after or self.drawn else super().write(text)
+
 # %% ../nbs/apps/05_cli.ipynb #4bfab386
 def _run(words: list[str]) -> int: # exit code
     "Run a command, and write all of its output."
-    _open_streams()
-    _print_anywhere(sys.stdout)
-    _print_anywhere(sys.stderr)
-    errors = sys.stderr if sys.stderr.isatty() else WithoutBars(sys.stderr)
     try:
-        with redirect_stderr(errors):
-            code = app(repeat_option(words), prog_name="bridgexfer", standalone_mode=False)
+        code = app(repeat_option(words), prog_name="bridgexfer", standalone_mode=False)
         sys.stdout.flush()
     except SystemExit as e: # typer's, after a broken pipe
         if not isinstance(e.__context__, BrokenPipeError): raise
         raise e.__context__ from None
     return code
 
-# %% ../nbs/apps/05_cli.ipynb #4c9aaf49
-class WithoutBars:
-    "Standard error for a file or a pipe: all but progress bars."
-    def __init__(self, stream):
-        self.stream = stream
-        self.drawn = False # the last text was part of a bar
-
-    def write(self, text: str) -> int: # characters
-        if not text: return 0
-        after = self.drawn and text == "\n"
-        self.drawn = text.startswith("\r") or "\x1b[A" in text
-        return len(text) if after or self.drawn else self.stream.write(text)
-
-    def __getattr__(self, name): return getattr(self.stream, name)
-
 # %% ../nbs/apps/05_cli.ipynb #3111b65a
-def main(argv: list[str] | None = None) -> int: # exit code
-    "Run a command."
-    words = sys.argv[1:] if argv is None else argv
+def _ended(words: list[str]) -> int: # exit code
+    "Run a command, and say how it ended."
     try: code = _run(words)
     except KeyboardInterrupt: code = 130 # before or after the command proper
     except BrokenPipeError: return _end_quietly()
     except Exception as e: return _report(e, words[0] if words else "")
     if code == 130: print(interrupted(words), file=sys.stderr)
     return code
+
+def main(argv: list[str] | None = None) -> int: # exit code
+    "Run a command."
+    _open_streams()
+    _print_anywhere(sys.stdout)
+    _print_anywhere(sys.stderr)
+    kind = Notes if sys.stderr.isatty() else WithoutBars
+    with redirect_stderr(kind(sys.stderr)): return _ended(sys.argv[1:] if argv is None else argv)
