@@ -2,6 +2,8 @@
 import ctypes
 import os
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -242,3 +244,27 @@ def test_results_with_nowhere_to_go(place, capsys):
 def test_an_example_goes_where_nothing_is_yet(tmp_path, capsys):
     assert main(["example", str(tmp_path/"new"/"my"), "--train", "1", "--test", "1"]) == 0
     assert sentence(capsys, "example", "/proc/no/my").startswith("bridgexfer: /proc/no/my: ")
+
+
+# ---- the study
+
+SAID = {"runs": "{0}/smoke: Permission denied. Change its permissions, or give another path.",
+        "rates": "tab5_learning_rates.csv is missing: run `make tune PROFILE=smoke` first"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", SAID)
+def test_a_study_that_cannot_begin_says_so_in_a_sentence(what, tmp_path):
+    runs = tmp_path/"runs"
+    runs.mkdir()
+    more = ["lr=tuned"] if what == "rates" else []
+    words = [Path(sys.executable).with_name("snakemake"), "--profile", "profiles/local", "study", "--config",
+             "profile=smoke", f"runs={runs}", f"figures={tmp_path}/figures", *more]
+    env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    if not os.getuid(): words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner", *words]
+    runs.chmod(0o555)
+    done = subprocess.run(words, cwd=ROOT, env=env, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    runs.chmod(0o755)
+    lines = done.stdout.splitlines()
+    assert done.returncode and [line for line in lines if line.endswith(SAID[what].format(runs)) or SAID[what] in line]
+    assert not [line for line in lines if line.startswith("  File ")] and not list(runs.iterdir())
