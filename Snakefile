@@ -5,7 +5,7 @@ import os, sys, time
 from snakemake.exceptions import WorkflowError
 from bridgexfer.study.grid import Study, check_stored, gather_parts, job_command, job_state, near, page_command, page_state, patterns, resources
 from bridgexfer.study.costs import require_baseline, require_data, require_gpu, require_rates, work_text
-from bridgexfer.study.workflow import begin, failures, failures_text, sentence
+from bridgexfer.study.workflow import begin, failures, failures_text, prepare, sentence
 class Said(WorkflowError): __traceback__ = property(lambda self: None, lambda self, lines: None) # no lines of code
 def said(make): # what a user can cause, in one sentence without a traceback
     try: return make()
@@ -27,7 +27,7 @@ onstart: # not in a dry run
     if workflow.local_exec and any(job.resources.get("gpu") for job in needed): said(lambda: require_gpu(study))
     made = [str(file).removeprefix(f"{RUNS}/").removesuffix(".json") for job in needed for file in job.output]
     if todo := JOBS.keys() & made: print(work_text(study, todo, None if workflow.local_exec else "the cluster"), file=sys.stderr)
-    said(lambda: os.makedirs(f"{RUNS}/notebooks", exist_ok=True))
+    said(lambda: prepare(RUNS, FIGURES))
 
 onerror: print(failures_text(failures(RUNS, BEGAN)), file=sys.stderr) # one line of cause for each job that failed
 

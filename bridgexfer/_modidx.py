@@ -1847,6 +1847,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'bridgexfer/study/workflow.py'),
                                            'bridgexfer.study.workflow.failures_text': ( 'study/workflow.html#failures_text',
                                                                                         'bridgexfer/study/workflow.py'),
+                                           'bridgexfer.study.workflow.prepare': ( 'study/workflow.html#prepare',
+                                                                                  'bridgexfer/study/workflow.py'),
                                            'bridgexfer.study.workflow.sentence': ( 'study/workflow.html#sentence',
                                                                                    'bridgexfer/study/workflow.py')},
             'bridgexfer.style_inversion': { 'bridgexfer.style_inversion.Draw': ( 'library/style_inversion.html#draw',

@@ -63,7 +63,8 @@ def open_image(path: str | Path, # an image file
     except UnidentifiedImageError: raise _unreadable(path, f"it is none of {', '.join(FORMATS)}") from None
     except MemoryError: raise
     except Exception as e:
-        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL): raise # of the system: another user's file
+        of_file = (None, errno.EINVAL, errno.ENOENT)
+        if isinstance(e, OSError) and e.errno not in of_file: raise # of the system, such as another user's file
         raise _unreadable(path, str(e) or type(e).__name__) from None
 
 # %% ../nbs/library/01_images.ipynb #8cc55bf0

@@ -248,23 +248,25 @@ def test_an_example_goes_where_nothing_is_yet(tmp_path, capsys):
 
 # ---- the study
 
-SAID = {"runs": "{0}/smoke: Permission denied. Change its permissions, or give another path.",
+SAID = {"runs": "{0}/runs/smoke/notebooks: Permission denied. Change its permissions, or give another path.",
+        "figures": "{0}/figures/smoke/notebooks: Permission denied. Change its permissions, or give another path.",
         "rates": "tab5_learning_rates.csv is missing: run `make tune PROFILE=smoke` first"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", SAID)
 def test_a_study_that_cannot_begin_says_so_in_a_sentence(what, tmp_path):
-    runs = tmp_path/"runs"
-    runs.mkdir()
+    folders = [tmp_path/name for name in ("runs", "figures")]
+    for folder in folders: folder.mkdir()
     more = ["lr=tuned"] if what == "rates" else []
     words = [Path(sys.executable).with_name("snakemake"), "--profile", "profiles/local", "study", "--config",
-             "profile=smoke", f"runs={runs}", f"figures={tmp_path}/figures", *more]
+             "profile=smoke", *(f"{folder.name}={folder}" for folder in folders), *more]
     env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     if not os.getuid(): words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner", *words]
-    runs.chmod(0o555)
+    for folder in folders: folder.chmod(0o555 if folder.name == what else 0o755)
     done = subprocess.run(words, cwd=ROOT, env=env, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    runs.chmod(0o755)
+    for folder in folders: folder.chmod(0o755)
     lines = done.stdout.splitlines()
-    assert done.returncode and [line for line in lines if line.endswith(SAID[what].format(runs)) or SAID[what] in line]
-    assert not [line for line in lines if line.startswith("  File ")] and not list(runs.iterdir())
+    assert done.returncode and [line for line in lines if SAID[what].format(tmp_path) in line]
+    assert not [line for line in lines if line.startswith("  File ")]
+    assert not [p for folder in folders for p in folder.iterdir()]

@@ -482,3 +482,9 @@ def test_images_of_nan_name_what_may_be_the_cause(dtype, said):
 def test_opening_a_model_is_silent(capfd, caplog):
     load_pipeline("miniature", "float16", "cpu")
     assert capfd.readouterr() == ("", "") and not caplog.text
+
+
+def test_a_model_that_is_not_there_is_named_before_the_work(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert "No text-to-image model at 'nonsense'" in sentence(capsys, "plan", "profile=smoke", "model=nonsense")
+    with pytest.raises(FileNotFoundError, match="at 'nonsense'"): Study("smoke", model="nonsense").jobs()

@@ -993,7 +993,8 @@ class Results(Searches):
 class Study(Results):
     "One profile of the study."
     def check(self) -> None:
-        "Raise a `ValueError` if a dataset is unknown, or smaller than what is asked of it."
+        "Raise a `ValueError` or `OSError` if a model or dataset is unknown, or smaller than what is asked of it."
+        find_model(self.settings.model)
         for d in self.datasets: check_shots(self.settings, dataset_info(d))
 
     @cached_property
