@@ -414,7 +414,7 @@ def plan_text(study: Study) -> str:
 # %% ../../nbs/study/05_costs.ipynb #1c3e1c17
 def _require_cell(study: Study, dataset: str, arch: str, cell: tuple[str, int]) -> None: # cell: pipeline and shots
     "Raise if a narrowed search has left nothing for a pipeline and a number of shots."
-    try: read_choice(study.tuned_path, dataset, arch, *cell, study.start(*cell))
+    try: read_choice(study.choice_path(dataset, arch, *cell), dataset, arch, *cell, study.start(*cell))
     except NoChoice: return # it was searched, and tables say that it diverged
 
 def require_rates(study: Study,

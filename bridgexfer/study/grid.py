@@ -39,7 +39,7 @@ from ..prompts import STYLE_TEMPLATE
 from ..rates import H100, TWO_CORES, Rates, fed_by, hours_for, measured
 from ..recipes import RECIPE, spec_kinds
 from ..style_inversion import InversionSpec, inversion_spec, token_words
-from .records import SYNTHESES, job_name, job_path, read_choice, read_jobs, write_job
+from .records import SYNTHESES, has_choice, job_name, job_path, read_choice, read_jobs, write_job
 from .settings import Settings, load_settings, read_ini
 from ..search import Axis
 from ..synthetic_sets import SyntheticSet, write_card
@@ -592,16 +592,22 @@ class Tuned(Cells):
         return {k: a for k, a in axes.items() if k == "lr" or whole and len(a.values) > 1}
 
     @property
-    def tuned_path(self) -> Path: # of the whole study; where there is none, of a narrowed one
-        "The table that `make tune` writes."
+    def _tables(self) -> tuple[Path, Path]: # of the whole study, and of a narrowed one
+        "The tables that `make tune` writes."
         table = f"{self.settings.profile}/tab5_learning_rates.csv"
-        whole = self.root/self.settings.figures/table
-        narrowed = self.root/self.settings.runs/"figures"/table
+        return self.root/self.settings.figures/table, self.root/self.settings.runs/"figures"/table
+
+    @property
+    def tuned_path(self) -> Path: # of the whole study; where there is none, of a narrowed one
+        "The table that says what was chosen."
+        whole, narrowed = self._tables
         return narrowed if narrowed.exists() and not whole.exists() else whole
 
     def choice_path(self, dataset: str, arch: str, name: str, shots: int) -> Path: # name: of a pipeline
         "Where the choices for a cell of the study are."
-        if (name, shots) not in self.beyond_cells(dataset, arch): return self.tuned_path
+        cell = dataset, arch, name, shots
+        if (name, shots) not in self.beyond_cells(dataset, arch):
+            return next((path for path in self._tables if has_choice(path, *cell)), self.tuned_path)
         return job_path(self.runs_dir, "beyond_tune", dataset, arch)
 
 # %% ../../nbs/study/02_grid.ipynb #e0f1abaa
