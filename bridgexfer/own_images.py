@@ -14,6 +14,7 @@ __all__ = ['log', 'OF_STUDY', 'PIPELINES_COMPARED', 'Before', 'TOO_LITTLE', 'OUR
 # %% ../nbs/apps/00_own_images.ipynb #b48c2624
 import json
 import logging
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable
@@ -192,9 +193,9 @@ def write_example(folder: str | Path, # a new one
     folder = Path(folder)
     if folder.exists(): raise FileExistsError(f"{folder} exists already: give a new folder.")
     if min(train, test) < 1: raise ValueError(f"train and test are 1 or more, got {train} and {test}.")
+    os.stat(folder.parent) # its own error names the folder that is missing
     check_writable(folder, folder=True)
     digits = load_dataset(f"{REGISTRY}digits")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as tmp:
         write_images(digits.train, Path(tmp)/"new"/"train", train)
         write_images(digits.test, Path(tmp)/"new"/"test", test)

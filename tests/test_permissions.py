@@ -241,9 +241,10 @@ def test_results_with_nowhere_to_go(place, capsys):
     assert {p: p.read_text() for p in locked.iterdir()} == {locked/"old.csv": "old"}
 
 
-def test_an_example_goes_where_nothing_is_yet(tmp_path, capsys):
-    assert main(["example", str(tmp_path/"new"/"my"), "--train", "1", "--test", "1"]) == 0
-    assert sentence(capsys, "example", "/proc/no/my").startswith("bridgexfer: /proc/no/my: ")
+def test_an_example_names_the_folder_that_is_missing(tmp_path, capsys):
+    said = sentence(capsys, "example", tmp_path/"no"/"my")
+    assert said == f"bridgexfer: {tmp_path/'no'}: No such file or directory. Check the path.\n"
+    assert sentence(capsys, "example", "/proc/my").startswith("bridgexfer: /proc/my: ")
 
 
 # ---- the study
