@@ -17,7 +17,8 @@ HEAD = "dataset,arch,pipeline,shots,lr,stage1_lr,stage1_epochs,repeats"
 
 def test_a_search_of_fewer_shots_is_too_little_for_a_study_of_more(tmp_path):
     "It would be found out after the images were made."
-    study = Study("smoke", lr="tuned", pipelines="vanilla bridged", **{k: f"{tmp_path}/{k}" for k in ("runs", "figures")})
+    folders = {k: f"{tmp_path}/{k}" for k in ("runs", "figures")}
+    study = Study("smoke", lr="tuned", pipelines="vanilla bridged", **folders)
     study.tuned_path.parent.mkdir(parents=True)
     rows = [f"digits,mini_resnet10,{name},4,0.1,0.1,1,1" for name in ("vanilla", "bridged")]
     study.tuned_path.write_text("\n".join([HEAD, *rows]))

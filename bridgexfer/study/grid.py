@@ -567,6 +567,12 @@ class Cells(Trainings):
         tasks = [(d, a) for d in self.datasets_of("beyond_use") for a in self.archs]
         return {task: self._cells(*task, "beyond") - self._cells(*task, "paper") for task in tasks}
 
+    @property
+    def _tables(self) -> tuple[Path, Path]: # of the whole study, and of a narrowed one
+        "The tables that `make tune` writes."
+        table = f"{self.settings.profile}/tab5_learning_rates.csv"
+        return self.root/self.settings.figures/table, self.root/self.settings.runs/"figures"/table
+
 # %% ../../nbs/study/02_grid.ipynb #93b5cb4e
 class Tuned(Cells):
     "What is searched for each of them, and where the choices are."
@@ -590,12 +596,6 @@ class Tuned(Cells):
         if target == "beyond" and name in WAYS:
             axes = {k: a for k, a in axes.items() if k == "lr" or k in pipeline(name).searched}
         return {k: a for k, a in axes.items() if k == "lr" or whole and len(a.values) > 1}
-
-    @property
-    def _tables(self) -> tuple[Path, Path]: # of the whole study, and of a narrowed one
-        "The tables that `make tune` writes."
-        table = f"{self.settings.profile}/tab5_learning_rates.csv"
-        return self.root/self.settings.figures/table, self.root/self.settings.runs/"figures"/table
 
     @property
     def tuned_path(self) -> Path: # of the whole study; where there is none, of a narrowed one
