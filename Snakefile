@@ -5,18 +5,18 @@ import os, sys, time
 from snakemake.exceptions import WorkflowError
 from bridgexfer.study.grid import Study, check_stored, gather_parts, job_command, job_state, near, page_command, page_state, patterns, resources
 from bridgexfer.study.costs import require_baseline, require_data, require_gpu, require_rates, work_text
-from bridgexfer.study.workflow import begin, failures, failures_text
-
+from bridgexfer.study.workflow import begin, failures, failures_text, prepare, sentence
+class Said(WorkflowError): __traceback__ = property(lambda self: None, lambda self, lines: None) # no lines of code
 def said(make): # what a user can cause, in one sentence without a traceback
     try: return make()
-    except (ValueError, OSError) as e: raise WorkflowError(str(e))
+    except (ValueError, OSError) as e: raise Said(sentence(e)) from None
 
 study = said(lambda: Study(config.get("profile"), **{k: v for k, v in config.items() if k != "profile"}))
 JOBS = said(lambda: {job.key: job for job in study.jobs()})
 said(lambda: check_stored(study.settings, study.all_archs))
 RUNS, FIGURES = near(study.runs_dir), near(study.figures_dir)
 BEGAN, LOCK = time.time(), [] # the lock's file is open as long as this process lives
-if {"study", "paper", "beyond", "jobs"} & {*sys.argv}: said(lambda: require_rates(study))
+if {"study", "paper", "beyond", "jobs"} & {*sys.argv}: said(lambda: require_rates(study, {*sys.argv}))
 if {"study", "paper", "beyond"} & {*sys.argv}: said(lambda: require_baseline(study))
 if study.offline: os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -27,7 +27,7 @@ onstart: # not in a dry run
     if workflow.local_exec and any(job.resources.get("gpu") for job in needed): said(lambda: require_gpu(study))
     made = [str(file).removeprefix(f"{RUNS}/").removesuffix(".json") for job in needed for file in job.output]
     if todo := JOBS.keys() & made: print(work_text(study, todo, None if workflow.local_exec else "the cluster"), file=sys.stderr)
-    os.makedirs(f"{RUNS}/notebooks", exist_ok=True)
+    said(lambda: prepare(RUNS, FIGURES))
 
 onerror: print(failures_text(failures(RUNS, BEGAN)), file=sys.stderr) # one line of cause for each job that failed
 

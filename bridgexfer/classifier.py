@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 # %% ../nbs/apps/01_classifier.ipynb #4b1a4ca6
-from .artefacts import atomic, read_json
+from .artefacts import atomic, check_readable, read_json, said_by_system
 from .backbones import input_config
 from .datasets import plain, walk_folder
 from .evaluation import predict
@@ -79,6 +79,7 @@ def open_classifier(folder: str | Path) -> Classifier:
     import timm
     folder = Path(folder)
     config = check_kept(folder)
+    check_readable(folder/"model.safetensors")
     try: model = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True)
     except (RuntimeError, KeyError, TypeError, AttributeError) as e:
         first = (str(e).strip().splitlines() or [type(e).__name__])[0]
@@ -141,7 +142,8 @@ def read_stored(path: Path, # an image file
 # %% ../nbs/apps/01_classifier.ipynb #3810e097
 def _read_or_say(path: Path, size: int) -> np.ndarray | bytes | str: # a sentence if the file cannot be read
     try: return read_stored(path, size)
-    except (ValueError, OSError) as e: return plain(str(e)) or type(e).__name__
+    except OSError as e: return plain(said_by_system(e))
+    except ValueError as e: return plain(str(e)) or type(e).__name__
 
 # %% ../nbs/apps/01_classifier.ipynb #f93aef0e
 def probabilities(classifier: Classifier,

@@ -7,20 +7,21 @@ __all__ = ['app', 'COMPLETED', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device
            'KeyValues', 'Links', 'Fetch', 'PerClass', 'Templates', 'Table', 'Captions', 'Domain', 'Prefix', 'Suffix',
            'Negative', 'FromReal', 'Between', 'Strength', 'Lora', 'LoraScale', 'Synthetic', 'FeaturesOf', 'Backbones',
            'Share', 'Threshold', 'Backbone', 'Given', 'NoImages', 'Hours', 'Kept', 'Pictures', 'Top', 'Batch', 'Row',
-           'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'TOO_LITTLE', 'FEWER', 'SYSTEM', 'BUG', 'BROKEN_PIPE',
-           'given', 'finite', 'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values',
-           'example', 'check', 'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate',
-           'transfer', 'predict', 'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain',
+           'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'TOO_LITTLE', 'FEWER', 'BUG', 'BROKEN_PIPE', 'given',
+           'finite', 'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values', 'example',
+           'check', 'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer',
+           'predict', 'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'Notes',
            'WithoutBars', 'main']
 
 # %% ../nbs/apps/05_cli.ipynb #373bd560
-import errno, io, json, os, re, shlex, sys, traceback
+import io, json, os, re, shlex, sys, traceback
 from contextlib import redirect_stderr
 from glob import escape, glob
 from math import isfinite
 from pathlib import Path
 from typing import Annotated
 import typer
+from .artefacts import said_by_system
 from .interruptions import interrupted
 
 # %% ../nbs/apps/05_cli.ipynb #a6f7e696
@@ -142,8 +143,9 @@ def _own_study(dataset: str, profile: str | None, words: list[str] | None,
     changes = key_values(words)
     if twice := [k for k, v in named.items() if changes.get(k, v) != v]:
         raise ValueError(f"--{twice[0]} {named[twice[0]]} and --set {twice[0]}={changes[twice[0]]} differ: give one.")
+    study = own_study(dataset, generates=generates, **{**named, **changes})
     if file := user_ini(dataset): print(f"Settings of {file} hold.", file=sys.stderr)
-    return own_study(dataset, generates=generates, **{**named, **changes})
+    return study
 
 # %% ../nbs/apps/05_cli.ipynb #7f811a3c
 def _device(name: str | None) -> str:
@@ -190,8 +192,10 @@ def example(folder: Annotated[str, _argument("FOLDER", "a new one")],
     "Write a folder of labelled images, scanned digits, to try the other commands with."
     from bridgexfer.own_images import write_example
     made = write_example(folder, train, test)
-    text = f"{made}: ten classes of scanned digits. Go on with: bridgexfer check {shlex.quote(str(made))}"
-    return _answer(0, {"folder": str(made), "classes": 10, "train": 10 * train, "test": 10 * test}, text, as_json)
+    counts = {split: sum(1 for _ in (made/split).glob("*/*.png")) for split in ("train", "test")}
+    text = (f"{made}: ten classes of scanned digits, {counts['train']} images to train and {counts['test']} to test. "
+            f"Go on with: bridgexfer check {shlex.quote(str(made))}")
+    return _answer(0, {"folder": str(made), "classes": 10, **counts}, text, as_json)
 
 # %% ../nbs/apps/05_cli.ipynb #a5d89b13
 @app.command()
@@ -490,6 +494,13 @@ def _warn_of_cpu(study, device: str) -> None:
     print(f"Warning: the profile {study.settings.profile} is made for a GPU, and on a CPU it may take weeks.",
           file=sys.stderr)
 
+# %% ../nbs/apps/05_cli.ipynb #f0a1c401
+def _say_doubts(dataset: str, report) -> None: # report: of `check_folder`
+    "Say what a check warns of."
+    if not report.warnings: return
+    print(f"Warning: a check of {dataset} has doubts ({', '.join(report.warnings)}); bridgexfer check "
+          f"{shlex.quote(dataset)} says more.", file=sys.stderr)
+
 # %% ../nbs/apps/05_cli.ipynb #a6ec1d6d
 Backbone = Annotated[str | None, _option(
     "NAME", "the backbone: a name of bridgexfer or of timm (default: profile's first)",
@@ -519,6 +530,7 @@ def transfer(dataset: DatasetName, images: Count = None, seeds: Seeds = None, mo
     if dataset_folder(dataset) and not (report := check_folder(dataset)).ok:
         text = f"{report.text()}\nRepair these first; nothing was trained."
         return _answer(1, {"check": report.to_dict()}, text, as_json)
+    if dataset_folder(dataset): _say_doubts(dataset, report)
     study = _own_study(dataset, profile, settings, not synthetic, images=images, seeds=seeds, model=model)
     arch = arch or study.archs[0]
     check_stored(study.settings, [arch])
@@ -570,8 +582,9 @@ def export(model: Kept, onnx: Annotated[bool, _flag("--onnx", "as ONNX, the only
     from bridgexfer.classifier import CHECKED, export_onnx, open_classifier
     if not onnx: raise ValueError("The format is missing: give --onnx.")
     path = Path(out or Path(model)/"model.onnx")
-    if out: check_writable(out)
-    difference = export_onnx(open_classifier(model), path)
+    classifier = open_classifier(model)
+    check_writable(path)
+    difference = export_onnx(classifier, path)
     text = (f"{path}: takes RGB images with values in [0, 1], gives probabilities; they differ from PyTorch's by "
             f"{difference:.1g} at most on {CHECKED} images.")
     return _answer(0, {"file": str(path), "difference": difference, "images": CHECKED}, text, as_json)
@@ -597,6 +610,7 @@ def plan(settings: KeyValues = None, as_json: AsJson = False) -> int:
     "What a profile costs before it runs: jobs, images, hours, disk."
     from bridgexfer.study.costs import costs, plan_text, rates_of, targets_of, work_of
     study = _study(settings)
+    study.check()
     if not as_json: return _answer(0, None, plan_text(study), as_json)
     return _answer(0, _rows(costs(work_of(study, targets_of(study), beyond=True), rates_of(study))), "", as_json)
 
@@ -663,18 +677,6 @@ def _advice(error: BaseException, command: str) -> str | None: # None: the error
     return None
 
 # %% ../nbs/apps/05_cli.ipynb #74950b1b
-SYSTEM = { # code of the operating system -> what to do
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space and run the same command again."),
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR), "Check the path."),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Change its permissions, or give another path."),
-    errno.ENAMETOOLONG: "Give a shorter name.", errno.EEXIST: "Give a new name.",
-    errno.EMFILE: "Raise the limit with `ulimit -n` and run the same command again."}
-
-def _of_system(error: OSError) -> str: # one sentence or two
-    "What the operating system says, where, and what to do."
-    where = f"{error.filename}: " if error.filename is not None else ""
-    return f"{where}{error.strerror}. {SYSTEM.get(error.errno, '')}".strip()
-
 def explain(error: Exception,
             command: str = "", # that was run
            ) -> str | None: # one sentence or two; None: no user can cause this
@@ -685,7 +687,7 @@ def explain(error: Exception,
     if "NonFiniteLoss" in kinds or type(error) is ArithmeticError: return str(error) # of our own
     if kinds.intersection(ENVIRONMENT): return f"{type(error).__name__}: {_first_line(error)}"
     if not isinstance(error, ValueError | OSError): return None
-    if isinstance(error, OSError) and error.strerror: return _of_system(error)
+    if isinstance(error, OSError): return said_by_system(error)
     return " ".join(str(error).split()) or type(error).__name__
 
 # %% ../nbs/apps/05_cli.ipynb #52c95d95
@@ -723,44 +725,59 @@ def _open_streams() -> None:
     if sys.stdout is None: sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     if sys.stderr is None: sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
 
+# %% ../nbs/apps/05_cli.ipynb #4c9aaf49
+class Notes:
+    "Standard error, which may be full or gone: what it does not take is dropped."
+    def __init__(self, stream): self.stream = stream
+
+    def _try(self, action: str, *args):
+        try: return getattr(self.stream, action)(*args)
+        except OSError: # what is still in its buffers goes nowhere, too
+            if self.stream is sys.__stderr__: os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def write(self, text: str) -> int: # characters
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None: self._try("flush")
+
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+class WithoutBars(Notes):
+    "Standard error for a file or a pipe: all but progress bars."
+    drawn = False # the last text was part of a bar
+
+    def write(self, text: str) -> int: # characters
+        if not text: return 0
+        after = self.drawn and text == "\n"
+        self.drawn = text.startswith("\r") or "\x1b[A" in text
+        return len(text) if after or self.drawn else super().write(text)
+
 # %% ../nbs/apps/05_cli.ipynb #4bfab386
 def _run(words: list[str]) -> int: # exit code
     "Run a command, and write all of its output."
-    _open_streams()
-    _print_anywhere(sys.stdout)
-    _print_anywhere(sys.stderr)
-    errors = sys.stderr if sys.stderr.isatty() else WithoutBars(sys.stderr)
     try:
-        with redirect_stderr(errors):
-            code = app(repeat_option(words), prog_name="bridgexfer", standalone_mode=False)
+        code = app(repeat_option(words), prog_name="bridgexfer", standalone_mode=False)
         sys.stdout.flush()
     except SystemExit as e: # typer's, after a broken pipe
         if not isinstance(e.__context__, BrokenPipeError): raise
         raise e.__context__ from None
     return code
 
-# %% ../nbs/apps/05_cli.ipynb #4c9aaf49
-class WithoutBars:
-    "Standard error for a file or a pipe: all but progress bars."
-    def __init__(self, stream):
-        self.stream = stream
-        self.drawn = False # the last text was part of a bar
-
-    def write(self, text: str) -> int: # characters
-        if not text: return 0
-        after = self.drawn and text == "\n"
-        self.drawn = text.startswith("\r") or "\x1b[A" in text
-        return len(text) if after or self.drawn else self.stream.write(text)
-
-    def __getattr__(self, name): return getattr(self.stream, name)
-
 # %% ../nbs/apps/05_cli.ipynb #3111b65a
-def main(argv: list[str] | None = None) -> int: # exit code
-    "Run a command."
-    words = sys.argv[1:] if argv is None else argv
+def _ended(words: list[str]) -> int: # exit code
+    "Run a command, and say how it ended."
     try: code = _run(words)
     except KeyboardInterrupt: code = 130 # before or after the command proper
     except BrokenPipeError: return _end_quietly()
     except Exception as e: return _report(e, words[0] if words else "")
     if code == 130: print(interrupted(words), file=sys.stderr)
     return code
+
+def main(argv: list[str] | None = None) -> int: # exit code
+    "Run a command."
+    _open_streams()
+    _print_anywhere(sys.stdout)
+    _print_anywhere(sys.stderr)
+    kind = Notes if sys.stderr.isatty() else WithoutBars
+    with redirect_stderr(kind(sys.stderr)): return _ended(sys.argv[1:] if argv is None else argv)

@@ -196,6 +196,7 @@ def export_kept(curated: CuratedSet, folder: Path) -> Path: # folder: new or emp
     "Write what was kept as image files in class folders, with the summary; a folder that has files is an OSError."
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not an empty folder: export into a new one.")
+    if not len(curated.rows): raise ValueError("No image reaches the threshold: give a lower one, or a share.")
     images = curated.every()
     names = curated.spec.names
     folder.parent.mkdir(parents=True, exist_ok=True)

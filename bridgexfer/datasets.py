@@ -347,7 +347,7 @@ def hold_out(train: Images, # all training images
     if not 0 < share < 1: raise ValueError(f"The share to hold out is {share}: choose one between 0 and 1.")
     fit, validation = [], []
     for order in _per_class(train, seed, "validation"):
-        count = max(1, round(share * len(order))) if len(order) > 1 else 0
+        count = min(max(1, round(share * len(order))), len(order) - 1) # one image to fit is left
         fit.append(order[count:])
         validation.append(order[:count])
     if not any(map(len, validation)):

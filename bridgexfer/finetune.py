@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
-from .artefacts import atomic, read_tensors, stable_hash
+from .artefacts import atomic, check_readable, read_tensors, stable_hash
 from .backbones import input_config, model_name
 from .datasets import Augment
 from .evaluation import autocast
@@ -291,6 +291,7 @@ def save_state(path: Path, # of the file
 # %% ../nbs/library/14_finetune.ipynb #ad139d35
 def _header(path: Path) -> dict[str, Any]: # identity, curve, seconds, sched, lr, mix_rng
     "What a state says besides its tensors."
+    check_readable(path)
     try:
         with safe_open(path, "pt") as f: return json.loads(f.metadata()["training"])
     except (SafetensorError, KeyError, TypeError, ValueError) as e:

@@ -292,9 +292,10 @@ def check_images(finite: np.ndarray, # (n,) bool, of each image: whether all of 
                 ) -> None:
     "Reject images of NaN or infinity, which would be stored as black or white."
     if finite.all(): return
+    more = "" if dtype == torch.float32 else ", or it needs the precision float32"
     raise ValueError(f"The model made {(~finite).sum()} of {len(finite)} images of values that are not finite numbers "
                      f"(NaN or infinity), computing in {str(dtype).removeprefix('torch.')}: none of this shard is "
-                     "stored. Its weights are damaged, or it needs the precision float32.")
+                     f"stored. Its weights are damaged, or guidance is too large{more}.")
 
 # %% ../nbs/library/07_generation.ipynb #a7e97fc1
 def check_black(pixels: np.ndarray, # (n, h, w, 3) uint8
@@ -521,7 +522,8 @@ def check_lengths(pipe, # a pipeline of diffusers, or anything else with a token
         if not cuts or not all(cuts): continue
         limit = max(limit for _, limit in limits)
         raise ValueError(f"The prompt {prompt!r} is longer than the {limit} tokens that the model reads: "
-                         f"{min(cuts, key=len)!r} would be cut off. Give the class a shorter name.")
+                         f"{min(cuts, key=len)!r} would be cut off. Shorten the class's name, or what is said besides "
+                         "it.")
 
 # %% ../nbs/library/07_generation.ipynb #3ec8dc3e
 def size_unit(pipe: "diffusers.DiffusionPipeline") -> int: # pixels

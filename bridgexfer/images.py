@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+import errno
 import hashlib
 import io
 import math
@@ -60,7 +61,11 @@ def open_image(path: str | Path, # an image file
     except TooLarge: raise
     except Image.DecompressionBombError as e: raise _too_large(path, int(re.search(r"\d+", str(e))[0]), limit) from None
     except UnidentifiedImageError: raise _unreadable(path, f"it is none of {', '.join(FORMATS)}") from None
-    except Exception as e: raise _unreadable(path, str(e) or type(e).__name__) from None
+    except MemoryError: raise
+    except Exception as e:
+        of_file = (None, errno.EINVAL, errno.ENOENT)
+        if isinstance(e, OSError) and e.errno not in of_file: raise # of the system, such as another user's file
+        raise _unreadable(path, str(e) or type(e).__name__) from None
 
 # %% ../nbs/library/01_images.ipynb #8cc55bf0
 def _eight_bits(im: Image.Image) -> Image.Image: # mode L

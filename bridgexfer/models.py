@@ -212,13 +212,16 @@ def scaled_step(loss: torch.Tensor, # ()
 # %% ../nbs/library/06_models.ipynb #84c371fd
 @contextmanager
 def quiet(*libraries: str): # "diffusers", "transformers"
-    "No progress bars while weights are read from disk; afterwards as before."
+    "Neither progress bars nor advice to programmers while weights are read from disk; afterwards as before."
     logs = [import_module(f"{name}.utils.logging") for name in libraries]
     loud = [log for log in logs if log.is_progress_bar_enabled()]
+    levels = [log.get_verbosity() for log in logs]
     for log in loud: log.disable_progress_bar()
+    for log in logs: log.set_verbosity_error()
     try: yield
     finally:
         for log in loud: log.enable_progress_bar()
+        for log, level in zip(logs, levels): log.set_verbosity(level)
 
 # %% ../nbs/library/06_models.ipynb #c34c3e32
 def _open_single(kind: type, # of the pipeline
@@ -287,7 +290,7 @@ def opened_from(folder: Path, # of a model
     "Whatever a library raises for the files of a model becomes an `OSError` that says what to do."
     try: yield
     except Exception as e: # damaged files make diffusers and transformers fail in any way
-        if isinstance(e, MemoryError) or "memory" in str(e): raise
+        if isinstance(e, MemoryError | PermissionError) or "memory" in str(e): raise
         raise unopened(folder, location, kind, e) from e
 
 # %% ../nbs/library/06_models.ipynb #d4a10002
@@ -313,7 +316,8 @@ def place(pipe: "diffusers.DiffusionPipeline", # on the CPU
          ) -> None:
     "Put a pipeline where it computes."
     if offload not in OFFLOADS: raise ValueError(f"Unknown offload {offload!r}: choose {', '.join(OFFLOADS)}.")
-    if torch.device(device).type == "cpu" or offload == "none": pipe.to(device)
+    if torch.device(device).type == "cpu" or offload == "none":
+        with quiet("diffusers"): pipe.to(device)
     elif offload == "model": pipe.enable_model_cpu_offload(device=device)
     else: pipe.enable_sequential_cpu_offload(device=device)
 

@@ -6,6 +6,7 @@
 __all__ = ['OPTIMISERS', 'RECIPE', 'WarmCosine', 'RecipeSpec', 'check_recipe', 'build_optimiser', 'smoothed', 'spec_kinds']
 
 # %% ../nbs/library/28_recipes.ipynb #c534837a
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -24,6 +25,7 @@ class WarmCosine:
                  warmup: int, # of them, fewer than all
                 ):
         from timm.scheduler import CosineLRScheduler # not at the top: it takes long to import
+        logging.getLogger("timm.scheduler.cosine_lr").setLevel(logging.ERROR) # it warns of a training of one step
         first = lr / (warmup + 1) # a rate of 0 would waste the first step
         self.done = 0
         self.timm = CosineLRScheduler(opt, steps - warmup, warmup_t=warmup, warmup_lr_init=first,

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from tqdm import tqdm
-from .artefacts import atomic, provenance, read_json, spec_hash, stable_hash, write_json
+from .artefacts import atomic, check_readable, provenance, read_json, spec_hash, stable_hash, write_json
 from .generation import BETWEEN, SOFTNESS, SYNTHESIS_VERSION, Row, SynthesisSpec
 from .generation import check_family, check_lengths, check_model, check_whole, embed, negative_of
 from .generation import plan, sample_later, sentences_of, split_weights, takes_loop, try_compiled
@@ -153,6 +153,7 @@ def find_damage(path: Path, # a shard
                ) -> str | None: # the reason; None if it is whole
     "What is wrong with a shard, if anything."
     if not path.exists(): return "missing"
+    check_readable(path) # what may not be read is not damaged
     try:
         footer = pq.read_metadata(path)
         written = json.loads((footer.metadata or {}).get(b"bridgexfer", b"{}"))

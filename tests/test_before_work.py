@@ -5,11 +5,49 @@ from bridgexfer.cli import main
 from bridgexfer.data.archives import ARCHIVES
 from bridgexfer.study.costs import disk_of, job_hours, more_lines, require_rates, work_text
 from bridgexfer.study.grid import Study, check_stored, rates_of
+from bridgexfer.transfer import Run
 
 DINO = "vit_small_patch14_dinov2.lvd142m"
 
 
 # ---- learning rates
+
+HEAD = "dataset,arch,pipeline,shots,lr,stage1_lr,stage1_epochs,repeats"
+
+
+def test_a_search_of_fewer_shots_is_too_little_for_a_study_of_more(tmp_path):
+    "It would be found out after the images were made."
+    folders = {k: f"{tmp_path}/{k}" for k in ("runs", "figures")}
+    study = Study("smoke", lr="tuned", pipelines="vanilla bridged", **folders)
+    study.tuned_path.parent.mkdir(parents=True)
+    rows = [f"digits,mini_resnet10,{name},4,0.1,0.1,1,1" for name in ("vanilla", "bridged")]
+    study.tuned_path.write_text("\n".join([HEAD, *rows]))
+    few = Study("smoke", **study.overrides | {"shots": "4"})
+    require_rates(few, {"study"})
+    with pytest.raises(ValueError, match="no rate for vanilla on digits .*, full-shot: run `make tune`"):
+        require_rates(study, {"study"})
+    with pytest.raises(ValueError, match="no rate for .*: run `make tune`"): require_rates(few, {"paper"})
+    diverged = [f"digits,mini_resnet10,{name},0,,,," for name in ("vanilla", "bridged")] # tables say it
+    study.tuned_path.write_text("\n".join([HEAD, *rows, *diverged]))
+    require_rates(study, {"study"})
+
+
+def test_a_narrowed_search_adds_to_the_whole_one(tmp_path):
+    "Else the advice to run it would be followed in vain."
+    study = Study("smoke", lr="tuned", runs=f"{tmp_path}/runs", figures=f"{tmp_path}/figures", pipelines="vanilla",
+                  shots="2 4")
+    whole, narrowed = (tmp_path/place/"smoke/tab5_learning_rates.csv" for place in ("figures", "runs/figures"))
+    for path, shots, lr in ((whole, 4, 0.1), (narrowed, 2, 0.3), (narrowed, 4, 0.7)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.read_text() if path.exists() else HEAD
+        path.write_text(f"{before}\ndigits,mini_resnet10,vanilla,{shots},{lr},0.1,1,1")
+        if path == whole:
+            said = "no rate for vanilla .*, 2-shot: run `make tune` with the same DATASETS, ARCHS and SHOTS"
+            with pytest.raises(ValueError, match=said): require_rates(study)
+    require_rates(study)
+    rates = {k: study.choice("digits", "mini_resnet10", Run("vanilla", k, 0))["lr"] for k in (2, 4)}
+    assert rates == {2: 0.3, 4: 0.1} # the whole search counts where it has a choice
+
 
 def written(path):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +63,7 @@ def test_a_narrowed_study_reads_a_narrowed_search_unless_the_whole_one_has_run(t
     with pytest.raises(FileNotFoundError, match="run `make tune PROFILE=evening` first"): require_rates(study)
     own = written(narrowed.figures_dir/"tab5_learning_rates.csv")
     assert study.tuned_path == own
-    require_rates(study)
+    with pytest.raises(ValueError, match="has no rate for vanilla on pets with resnet18"): require_rates(study)
     whole = written(study.figures_dir/"tab5_learning_rates.csv")
     assert study.tuned_path == whole != own
 

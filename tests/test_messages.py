@@ -221,3 +221,18 @@ def test_the_list_of_messages_has_every_kind_of_text():
     (OSError(36, "File name too long", "aaa"), "aaa: File name too long. Give a shorter name."),
     (OSError(5, "Input/output error"), "Input/output error."), (OSError("ours: do this."), "ours: do this.")])
 def test_the_operating_systems_errors_say_where_and_what_to_do(error, said): assert explain(error) == said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(("words", "ends"), [(["generate", "digits", *SMALL], 0), (["check", "no such folder"], 2)])
+def test_notes_that_cannot_be_written_end_no_work(words, ends, tmp_path):
+    "The disk of a log is full, or its reader is gone: exit code 1 would say that a check has found errors."
+    if words[0] == "generate": words = [*words, "--set", f"runs={tmp_path}"]
+    code = 'import sys; sys.argv[0] = "bridgexfer"; from bridgexfer.cli import main; sys.exit(main())'
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "w") as full, os.fdopen(writing, "w") as unread:
+        for errors in (full, unread):
+            how = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+            done = subprocess.run([sys.executable, "-c", code, *words], **how)
+            assert done.returncode == ends and done.stdout.startswith("" if ends else "SyntheticSet")

@@ -1,7 +1,9 @@
 """Faults of the known kinds that nobody had listed: each was tried as an outsider would, and mended or seen to hold."""
+import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import stat
 import subprocess
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bridgexfer import artefacts
@@ -18,11 +21,17 @@ from bridgexfer.artefacts import atomic, check_writable
 from bridgexfer.cli import main
 from bridgexfer.data import check as check_module
 from bridgexfer.data.check import check_folder
-from bridgexfer.data.registry import dataset_info
-from bridgexfer.datasets import listed
+from bridgexfer.data.registry import dataset_info, load_dataset
+from bridgexfer.datasets import hold_out, listed
+from bridgexfer.generation import check_images
+from bridgexfer.images import as_images
 from bridgexfer.layouts import find_layout
+from bridgexfer.models import load_pipeline
+from bridgexfer.own_images import given_set, own_study, warn_of_names
+from bridgexfer.prompts import name_of_folder
 from bridgexfer.study.costs import require_baseline
-from bridgexfer.study.grid import Study
+from bridgexfer.study.grid import Study, job_command
+from bridgexfer.study.plots import around_zero
 from bridgexfer.study.settings import load_settings, parse_setting
 from bridgexfer.user_prompts import read_table
 
@@ -304,6 +313,25 @@ def test_a_narrowing_without_bridges_ends_well(tmp_path):
     assert {f"{name}.csv" for name in ("tab1_leep", "tab2_pipelines")} <= {*os.listdir(tmp_path/"figures"/"smoke")}
 
 
+@pytest.mark.slow
+def test_the_paper_of_few_shots_ends_well(tmp_path):
+    "The controls train on synthetic images alone, full-shot, where only vanilla is beside them."
+    pages = ["control_compute", "control_labels", "control_mixing", "control_regularisers", "control_retrieval",
+             "control_synthetic", "fig04_few_shot"]
+    config = ["profile=smoke", "shots=4", "images=2", *(f"{k}={tmp_path/k}" for k in ("runs", "figures"))]
+    config += [f"{k}=0" for k in ("seeds", "few_seeds", "sweep_seeds")]
+    words = [Path(sys.executable).with_name("snakemake"), "--profile", "profiles/local", *pages, "--config", *config]
+    env = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    done = subprocess.run(words, cwd=ROOT, env=env, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert {f"{page}.png" for page in pages} <= {*os.listdir(tmp_path/"figures"/"smoke")}
+
+
+def test_bars_of_nothing_have_limits():
+    low, high = around_zero([], [])
+    assert low < 0 < high
+
+
 def test_help_offers_what_is_narrowed():
     offered = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     names = {word.partition("=")[0] for word in NARROWINGS} | {"PROFILE", "ON", "RESULT", "FETCH", "PAPER", "PORT"}
@@ -331,3 +359,132 @@ def test_values_that_nobody_listed(words, said, capsys, monkeypatch):
     first = [] if words[0].startswith("profile") else ["profile=smoke"]
     if said: assert said in sentence(capsys, "plan", *first, *words)
     else: assert main(["plan", *first, *words]) == 0
+
+
+# ---- wrong things that nobody is told of
+
+@pytest.mark.parametrize(("classes", "doubtful"), [
+    (("001.Black_footed_Albatross", "owl"), ["001.Black_footed_Albatross"]), (("1_cat", "2_dog"), ["1_cat", "2_dog"]),
+    (("n02085620-Chihuahua", "owl"), ["n02085620-Chihuahua"]), (("2012 BMW", "owl"), [])])
+def test_numbers_before_class_names_are_not_drawn_without_a_word(classes, doubtful, tmp_path, caplog):
+    folder = write_folder(tmp_path/"my", classes)
+    found = check_folder(folder).findings
+    found = found[found["kind"] == "nameless"]
+    assert list(found["class"]) == doubtful
+    if doubtful: assert f'"a photo of a {name_of_folder(doubtful[0])}."' in found["text"].iloc[0]
+    warn_of_names(tuple(map(name_of_folder, classes)))
+    assert ("begin with" in caplog.text) == bool(doubtful)
+
+
+def test_classes_one_folder_too_deep_are_pointed_out(tmp_path, capsys):
+    folder = write_folder(tmp_path/"my", ("cat", "dog"), ("animal", "thing"))
+    shutil.move(folder/"thing"/"dog", folder/"plant")
+    found = check_folder(folder).findings
+    found = found[found["kind"] == "nested"]
+    assert list(found["class"]) == ["animal"] and "(cat, dog), which count as one class" in found["text"].iloc[0]
+    assert main(["check", str(write_folder(tmp_path/"deep", tops=("data",)))]) == 1
+    assert "if they are classes, move them up" in capsys.readouterr().out
+
+
+def test_doubts_about_a_folder_are_said_where_it_is_trained_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = write_folder(tmp_path/"my folder", tops=("train", "test"))
+    words = ["transfer", str(folder), "--profile", "smoke", "--set", f"runs={tmp_path/'runs'}"]
+    Image.fromarray(picture(7)).save(folder/"train"/"loose.png")
+    def stop(*_): raise ValueError("enough")
+    monkeypatch.setattr("bridgexfer.cli._warn_of_cpu", stop)
+    said = sentence(capsys, *words)
+    assert f"Warning: a check of {folder} has doubts (not read); bridgexfer check '{folder}' says more." in said
+    (folder/"train"/"loose.png").unlink()
+    assert "doubts" not in sentence(capsys, *words)
+
+
+def test_a_given_set_holds_no_test_image(tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = write_folder(tmp_path/"my", tops=("train", "test"))
+    given = write_folder(tmp_path/"given", tops=("new",))/"new"
+    for path in given.rglob("*.png"): Image.fromarray(picture([9, *map(ord, str(path))])).save(path)
+    study = own_study(str(folder), "smoke", generates=False, runs=str(tmp_path/"runs"))
+    def take(): return given_set(study, load_dataset(str(folder)), given)
+    take()
+    assert not caplog.text
+    shutil.copy(folder/"train"/"one"/"0.png", given/"one"/"copy.png")
+    take()
+    assert f"1 of the images in {given} are training images of {folder}, and not synthetic" in caplog.text
+    shutil.copy(folder/"test"/"one"/"0.png", given/"one"/"other name.png")
+    with pytest.raises(ValueError, match=f"1 of the images in {given} are test images of {folder}"): take()
+    words = ["transfer", folder, "--profile", "smoke", "--synthetic", folder/"test", "--out", tmp_path/"new"]
+    assert "6 of the images" in sentence(capsys, *words, "--set", f"runs={tmp_path/'runs'}")
+    assert not (tmp_path/"new").exists()
+
+
+@pytest.mark.parametrize("name", ["2024", "1e5", "None", "nan", "-7"])
+def test_a_folder_called_like_a_number_stays_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path/name)
+    study = Study("smoke", ROOT/"settings.ini", datasets=name)
+    job = next(job for job in study.jobs() if job.rule == "transfer")
+    words = shlex.split(job_command(study, job))
+    assert words[words.index("dataset") - 1:][:3] == ["-r", "dataset", name] and words[words.index("sweep") - 1] == "-p"
+
+
+@pytest.mark.parametrize("key", ["shots", "few_shots", "beyond_shots"])
+def test_more_shots_than_there_are_images_are_rejected_before_the_work(key, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    said = sentence(capsys, "plan", "profile=smoke", f"{key}=10000")
+    assert f"{key} asks for 10000 images of each class, and digits has 898 training images of 10 classes" in said
+
+
+@pytest.mark.parametrize("setting", ["shots=1", "datasets=pets", "pipelines=mixed", "few_shots=1", "beyond_shots=1"])
+def test_settings_that_a_command_would_ignore_are_rejected(setting, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    said = sentence(capsys, "generate", "digits", "--profile", "smoke", "--set", setting)
+    assert f"{setting.partition('=')[0]} says what the study varies" in said
+    folder = write_folder(tmp_path/"my")
+    (folder/"bridgexfer.ini").write_text(setting)
+    assert str(folder/"bridgexfer.ini") in sentence(capsys, "leep", folder, "--profile", "smoke")
+
+
+def test_a_large_validation_part_leaves_something_to_fit():
+    train = as_images(np.zeros((6, 8, 8, 3)), [0, 0, 0, 1, 1, 2], "abc")
+    fit, validation = hold_out(train, 0.99, 0)
+    assert fit.labels.tolist() == [0, 1, 2] and validation.labels.tolist() == [0, 0, 1]
+
+
+def test_an_example_counts_what_it_wrote(tmp_path, capsys):
+    assert main(["example", str(tmp_path/"my"), "--train", "100000", "--test", "1", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["train"] == len(list((tmp_path/"my"/"train").rglob("*.png"))) == 898 and made["test"] == 10
+
+
+def test_a_threshold_that_nothing_reaches(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = write_folder(tmp_path/"my")
+    words = ["curate", "digits", folder, "--profile", "smoke", "--set", f"runs={tmp_path/'runs'}", "--threshold", "1"]
+    assert "No image reaches the threshold" in sentence(capsys, *words, "--out", tmp_path/"kept")
+    assert sorted(os.listdir(tmp_path)) == ["my", "runs"]
+
+
+def test_a_revision_of_a_folder_is_rejected(tmp_path, capsys, monkeypatch):
+    "The folder would be taken, and the revision forgotten."
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT/"bridgexfer"/"weights"/"pipeline", tmp_path/"me"/"tiny")
+    words = ["generate", "digits", "--profile", "smoke", "--set", f"runs={tmp_path/'runs'}", "--model", "me/tiny@main"]
+    assert "me/tiny is a folder here: give ./me/tiny for the folder" in sentence(capsys, *words)
+
+
+@pytest.mark.parametrize(("dtype", "said"), [
+    ("float32", "damaged, or guidance is too large."), ("bfloat16", "or it needs the precision float32.")])
+def test_images_of_nan_name_what_may_be_the_cause(dtype, said):
+    with pytest.raises(ValueError, match=said): check_images(np.array([False]), getattr(torch, dtype))
+
+
+def test_opening_a_model_is_silent(capfd, caplog):
+    load_pipeline("miniature", "float16", "cpu")
+    assert capfd.readouterr() == ("", "") and not caplog.text
+
+
+def test_a_model_that_is_not_there_is_named_before_the_work(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert "No text-to-image model at 'nonsense'" in sentence(capsys, "plan", "profile=smoke", "model=nonsense")
+    with pytest.raises(FileNotFoundError, match="at 'nonsense'"): Study("smoke", model="nonsense").jobs()

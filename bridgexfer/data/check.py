@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'FINDINGS', 'Row', 'PICTURES', 'THUMB', 'ALIKE', 'BESIDE', 'Entry', 'find_entries', 'layout_entries',
            'finding', 'left_out', 'look', 'copies', 'closest', 'near_copies', 'check_names', 'class_findings',
-           'odd_names', 'Report', 'check_folder', 'contact_sheet']
+           'nested_classes', 'odd_names', 'Report', 'check_folder', 'contact_sheet']
 
 # %% ../../nbs/data/03_check.ipynb #8529a25e
 from collections import Counter
@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 import hashlib
+import re
 import numpy as np
 import pandas as pd
 from PIL import Image
 from tqdm import tqdm
-from ..artefacts import atomic, check_writable
+from ..artefacts import atomic, check_writable, said_by_system
 from ..images import PIXEL_LIMIT, SUFFIXES, TooLarge, in_srgb, open_image, orientation, read_image, upright
-from ..prompts import name_of_folder, names_nothing, synset_name
+from ..prompts import name_of_folder, names_nothing, numbered, synset_name, without_number
 from ..datasets import FOLLOW, NOWHERE, SPLITS, folder_layout, held_out, plain, prompt_names, walk_folder
 from ..imported_sets import FILE_COLUMNS, LABELS, METADATA, NamedFile
 from ..layouts import Layout, find_layout, folder_classes
@@ -73,7 +74,8 @@ def layout_entries(folder: Path, layout: Layout) -> list[Entry]: # layout: from 
 # %% ../../nbs/data/03_check.ipynb #e26b3282
 KINDS = { # by level, in the order of the report
     "error": ("unreadable", "too large", "link", "leak", "contradiction", "missing", "one class", "prompt names"),
-    "warning": ("not read", "duplicate", "small", "dark", "single", "nameless", "WordNet", "similar names", "odd name"),
+    "warning": ("not read", "duplicate", "small", "dark", "single", "nested", "nameless", "WordNet", "similar names",
+                "odd name"),
     "note": ("colours", "CMYK", "16 bits", "palette", "transparent", "frames", "turned", "ignored")}
 FINDINGS = {kind: level for level, kinds in KINDS.items() for kind in kinds}
 
@@ -98,7 +100,7 @@ def _is_picture(path: Path) -> bool:
     try:
         with open_image(path): return True
     except TooLarge: return True
-    except ValueError: return False
+    except (ValueError, OSError): return False
 
 # %% ../../nbs/data/03_check.ipynb #3f2e67bd
 def _hides_images(path: Path) -> bool:
@@ -162,7 +164,8 @@ def look(entry: Entry, # an image
             rgb = upright(im)
     except (ValueError, OSError) as e:
         kind = "too large" if isinstance(e, TooLarge) else "unreadable"
-        return replace(entry, number=number, remarks=((kind, str(e).removeprefix(f"{entry.path} ")),))
+        text = said_by_system(e) if isinstance(e, OSError) else str(e)
+        return replace(entry, number=number, remarks=((kind, re.sub(f"^{re.escape(str(entry.path))}:? ", "", text)),))
     remarks += _appearance(rgb, size, deep="16 bits" in dict(remarks))
     pixels = hashlib.blake2b(np.asarray(rgb), key=repr(rgb.size).encode(), digest_size=16).hexdigest()
     thumb = rgb.resize(THUMB, Image.BOX).tobytes()
@@ -261,12 +264,16 @@ def _lacking(row: pd.Series) -> tuple[str, str] | None: # kind of finding, text
 # %% ../../nbs/data/03_check.ipynb #9cf863d2
 def _doubtful(c: str, # a class folder
               name: str, # of the class
+              is_numbered: bool, # it begins with a number
              ) -> tuple[str, str] | None: # kind of finding, text
     "What may be wrong with the name that prompts have for a class."
     reads = f'prompts {{}} "a photo of a {name}.".'
     if names_nothing(name):
         return "nameless", (f"names nothing: {reads.format('would read')} Say what the class shows in names.json, "
                             f'as in {{"{c}": "tench"}}.')
+    if is_numbered:
+        return "nameless", (f"begins with a number: {reads.format('would read')} Say what the class shows in "
+                            f'names.json, as in {{"{c}": "{without_number(name)}"}}.')
     if name == synset_name(c):
         return "WordNet", (f"is an identifier of WordNet: {reads.format('read')} If the class is meant otherwise, say "
                            f'so in names.json, as in {{"{c}": "tench"}}.')
@@ -281,6 +288,7 @@ def class_findings(folder: Path, # of the dataset
         text = "is the only class, and a classifier tells several apart: add a folder for each of the others."
         yield finding(Entry(folder, counts.index[0], "folder", counts.index[0]), "one class", text)
     capitals = counts.groupby(counts["name"].str.casefold())["name"].unique()
+    with_numbers = set(numbered(counts["name"]))
     for c, row in counts.iterrows():
         entry = Entry(folder, c, "folder", c)
         alike = [n for n in capitals[row["name"].casefold()] if n != row["name"]]
@@ -288,7 +296,23 @@ def class_findings(folder: Path, # of the dataset
             text = f"is called {row['name']}, and another class {alike[0]}: give it a name of its own in names.json."
             yield finding(entry, "similar names", text)
         if lacking := _lacking(row): yield finding(entry, *lacking)
-        if doubtful := _doubtful(c, row["name"]): yield finding(entry, *doubtful)
+        if doubtful := _doubtful(c, row["name"], row["name"] in with_numbers): yield finding(entry, *doubtful)
+
+# %% ../../nbs/data/03_check.ipynb #f0a1c202
+def nested_classes(entries: Iterable[Entry]) -> Iterator[Row]: # entries: of class folders
+    "Class folders whose images are all in folders, of which there are several."
+    inside = {}
+    for e in entries:
+        if not e.labelled: continue
+        parts = e.file.split("/")
+        below = parts[parts.index(e.folder) + 1:-1]
+        inside.setdefault(e.folder, set()).add(below[0] if below else "")
+    top = next((e.top for e in entries), None)
+    for c, folders in inside.items():
+        if "" in folders or len(folders) < 2: continue
+        some = ", ".join(sorted(folders)[:3]) + (", …" if len(folders) > 3 else "")
+        text = f"holds images in folders alone ({some}), which count as one class: if they are classes, move them up."
+        yield finding(Entry(top, c, "folder", c), "nested", text)
 
 # %% ../../nbs/data/03_check.ipynb #7f5e1060
 def _is_odd(name: str) -> bool:
@@ -328,6 +352,10 @@ class Report:
 
     @property
     def ok(self) -> bool: return not (self.findings["level"] == "error").any()
+
+    @property
+    def warnings(self) -> list[str]: # kinds
+        return list(self.findings["kind"][self.findings["level"] == "warning"].unique())
 
     def text(self, few: int | None = 3, # files listed of each kind; None for all
             ) -> str:
@@ -393,6 +421,7 @@ def check_folder(folder: str | Path, # a dataset's folder
     counts = _count(images, classes, names)
     rows += [finding(e, *remark) for e in images for remark in e.remarks]
     rows += [*copies(images), *near_copies(images, progress), *class_findings(folder, counts), *odd_names(entries)]
+    if layout.kind == "class folders": rows += nested_classes(entries)
     rows += [finding(e, *left_out(e)) for e in entries if not e.labelled and e.file not in BESIDE]
     report = Report(str(folder), bool(layout.parts), counts, _table(rows))
     if write:
@@ -411,7 +440,7 @@ def _first_images(folder: Path, columns: int, rows: int) -> dict[str, list[Path]
 # %% ../../nbs/data/03_check.ipynb #bcdd7cbf
 def _square(path: Path, size: int) -> np.ndarray: # (size, size + 2, 3) uint8, white at its right edge
     try: image = read_image(path, size)
-    except ValueError: image = np.full((size, size, 3), 128, np.uint8)
+    except (ValueError, OSError): image = np.full((size, size, 3), 128, np.uint8)
     return np.pad(image, ((0, 0), (0, 2), (0, 0)), constant_values=255)
 
 # %% ../../nbs/data/03_check.ipynb #e492130d

@@ -24,10 +24,11 @@ from ..data.archives import ARCHIVES, find_archive
 from ..data.registry import dataset_info, train_size
 from ..generation import SynthesisSpec
 from ..models import SHIPPED
-from .grid import FROM_REAL, LEARNED, SWEEPS, Job, SetKey, Study, near, resources, rates_of, shards_of
+from .grid import FROM_REAL, LEARNED, SWEEPS, Job, SetKey, Study, count, near, resources, rates_of
+from .grid import shards_of
 from ..mixing import Mixing, epoch_sizes
 from ..rates import H100, SD15, Rate, Rates, hours_for, share
-from .records import job_path
+from .records import NoChoice, job_path, read_choice
 from ..transfer import Run, pipeline
 
 # %% ../../nbs/study/05_costs.ipynb #039eadbd
@@ -411,11 +412,25 @@ def plan_text(study: Study) -> str:
     return "\n".join([*lines, *filter(None, [memory_text(study), download_text(study)])])
 
 # %% ../../nbs/study/05_costs.ipynb #1c3e1c17
-def require_rates(study: Study) -> None:
-    "Raise if learning rates are to be those of `make tune`, and there are none."
-    if study.settings.lr != "tuned" or study.tuned_path.exists(): return
-    advice = f"run `make tune PROFILE={study.settings.profile}` first, or set `lr` in settings.ini"
-    raise FileNotFoundError(f"{near(study.tuned_path)} is missing: {advice}.")
+def _require_cell(study: Study, dataset: str, arch: str, cell: tuple[str, int]) -> None: # cell: pipeline and shots
+    "Raise if a narrowed search has left nothing for a pipeline and a number of shots."
+    try: read_choice(study.choice_path(dataset, arch, *cell), dataset, arch, *cell, study.start(*cell))
+    except NoChoice: return # it was searched, and tables say that it diverged
+
+def require_rates(study: Study,
+                  targets: Collection[str] = ("study",), # of the Snakefile
+                 ) -> None:
+    "Raise if learning rates are to be those of `make tune`, and it has not chosen all of them."
+    if study.settings.lr != "tuned": return
+    if not study.tuned_path.exists():
+        advice = f"run `make tune PROFILE={study.settings.profile}` first, or set `lr` in settings.ini"
+        raise FileNotFoundError(f"{near(study.tuned_path)} is missing: {advice}.")
+    core = {*study.settings.pipelines} | {"vanilla"}
+    shots = [*map(count, study.settings.shots)]
+    every = bool({"paper", "jobs"} & {*targets})
+    for d, arch in [(d, a) for a in (study.all_archs if every else study.archs) for d in study.datasets]:
+        for name, k in study.tuned_cells(d, arch):
+            if every or name in core and k in shots: _require_cell(study, d, arch, (name, k))
 
 def require_baseline(study: Study) -> None:
     "Raise if the tables would have nothing to compare with."

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BEYOND', 'SWEEPS', 'LEARNED', 'FROM_REAL', 'FILTERED_FROM', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES',
            'LISTED', 'MESSAGES', 'PAGES', 'Profile', 'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'SetKeys',
-           'Sets', 'AllSets', 'subset', 'strength', 'recipe_of', 'kinds_of', 'searched_rates', 'check_stored', 'Specs',
-           'Learned', 'SetSpecs', 'web_images', 'Drawn', 'Runs', 'Trainings', 'Cells', 'Tuned', 'Choices', 'RunSpecs',
-           'search_weight', 'Tuning', 'Searches', 'is_resource', 'decides', 'Job', 'in_parts', 'contents', 'patterns',
-           'rates_of', 'shards_of', 'set_parts', 'set_jobs', 'set_manifests', 'sweep_jobs', 'searched_manifests',
-           'beyond_jobs', 'other_jobs', 'Page', 'page_of', 'Results', 'Study', 'near', 'command', 'job_command',
-           'page_command', 'resources', 'state', 'job_state', 'page_state', 'gather', 'gather_choices', 'gather_sets',
-           'gather_parts']
+           'Sets', 'AllSets', 'subset', 'strength', 'recipe_of', 'kinds_of', 'searched_rates', 'check_stored',
+           'check_shots', 'Specs', 'Learned', 'SetSpecs', 'web_images', 'Drawn', 'Runs', 'Trainings', 'Cells', 'Tuned',
+           'Choices', 'RunSpecs', 'search_weight', 'Tuning', 'Searches', 'is_resource', 'decides', 'Job', 'in_parts',
+           'contents', 'patterns', 'rates_of', 'shards_of', 'set_parts', 'set_jobs', 'set_manifests', 'sweep_jobs',
+           'searched_manifests', 'beyond_jobs', 'other_jobs', 'Page', 'page_of', 'Results', 'Study', 'near', 'command',
+           'job_command', 'page_command', 'resources', 'state', 'job_state', 'page_state', 'gather', 'gather_choices',
+           'gather_sets', 'gather_parts']
 
 # %% ../../nbs/study/02_grid.ipynb #dd4520b4
 import json
@@ -39,7 +39,7 @@ from ..prompts import STYLE_TEMPLATE
 from ..rates import H100, TWO_CORES, Rates, fed_by, hours_for, measured
 from ..recipes import RECIPE, spec_kinds
 from ..style_inversion import InversionSpec, inversion_spec, token_words
-from .records import SYNTHESES, job_name, job_path, read_choice, read_jobs, write_job
+from .records import SYNTHESES, has_choice, job_name, job_path, read_choice, read_jobs, write_job
 from .settings import Settings, load_settings, read_ini
 from ..search import Axis
 from ..synthetic_sets import SyntheticSet, write_card
@@ -361,6 +361,16 @@ def check_stored(s: Settings,
             raise ValueError(f"{arch} takes images of {size} pixels, and they are stored at {s.stored_size}: set "
                              f"stored_size={size} or more, or take another backbone.")
 
+# %% ../../nbs/study/02_grid.ipynb #f0a1c301
+def check_shots(s: Settings, info: DatasetInfo) -> None:
+    "Raise a `ValueError` if more images of a class are asked for than a dataset has of an average one."
+    most = info.counts[0] // len(info.names)
+    for key in ("shots", "few_shots", "style_shots", "class_shots", "clip_shots", "beyond_shots"):
+        asked = max(map(count, s.values[key]), default=0)
+        if 0 < most < asked:
+            raise ValueError(f"{key} asks for {asked} images of each class, and {info.name} has {info.counts[0]} "
+                             f"training images of {len(info.names)} classes: give fewer, or full.")
+
 # %% ../../nbs/study/02_grid.ipynb #5b9f6a19
 class Specs(AllSets):
     "The specs of a profile's runs and sets."
@@ -557,6 +567,12 @@ class Cells(Trainings):
         tasks = [(d, a) for d in self.datasets_of("beyond_use") for a in self.archs]
         return {task: self._cells(*task, "beyond") - self._cells(*task, "paper") for task in tasks}
 
+    @property
+    def _tables(self) -> tuple[Path, Path]: # of the whole study, and of a narrowed one
+        "The tables that `make tune` writes."
+        table = f"{self.settings.profile}/tab5_learning_rates.csv"
+        return self.root/self.settings.figures/table, self.root/self.settings.runs/"figures"/table
+
 # %% ../../nbs/study/02_grid.ipynb #93b5cb4e
 class Tuned(Cells):
     "What is searched for each of them, and where the choices are."
@@ -583,15 +599,15 @@ class Tuned(Cells):
 
     @property
     def tuned_path(self) -> Path: # of the whole study; where there is none, of a narrowed one
-        "The table that `make tune` writes."
-        table = f"{self.settings.profile}/tab5_learning_rates.csv"
-        whole = self.root/self.settings.figures/table
-        narrowed = self.root/self.settings.runs/"figures"/table
+        "The table that says what was chosen."
+        whole, narrowed = self._tables
         return narrowed if narrowed.exists() and not whole.exists() else whole
 
     def choice_path(self, dataset: str, arch: str, name: str, shots: int) -> Path: # name: of a pipeline
         "Where the choices for a cell of the study are."
-        if (name, shots) not in self.beyond_cells(dataset, arch): return self.tuned_path
+        cell = dataset, arch, name, shots
+        if (name, shots) not in self.beyond_cells(dataset, arch):
+            return next((path for path in self._tables if has_choice(path, *cell)), self.tuned_path)
         return job_path(self.runs_dir, "beyond_tune", dataset, arch)
 
 # %% ../../nbs/study/02_grid.ipynb #e0f1abaa
@@ -982,9 +998,14 @@ class Results(Searches):
 # %% ../../nbs/study/02_grid.ipynb #57531bb0
 class Study(Results):
     "One profile of the study."
+    def check(self) -> None:
+        "Raise a `ValueError` or `OSError` if a model or dataset is unknown, or smaller than what is asked of it."
+        find_model(self.settings.model)
+        for d in self.datasets: check_shots(self.settings, dataset_info(d))
+
     @cached_property
     def _jobs(self) -> tuple[Job, ...]:
-        for d in self.datasets: dataset_info(d) # an unknown one is named before anything is planned
+        self.check() # before anything is planned
         jobs = set_jobs(self) + beyond_jobs(self)
         for sweep in SWEEPS:
             for arch in self.archs_of(sweep):
@@ -1013,9 +1034,15 @@ class Study(Results):
         return [p for p in self.pages() if p.target in made]
 
 # %% ../../nbs/study/02_grid.ipynb #ff879e4f
+def _flag(text: str) -> str: # of papermill
+    "How a text is handed over: `-p`, unless papermill would read it as a number, as of a folder called 2024."
+    try: float(text)
+    except ValueError: return "-r" if text in ("True", "False", "None") else "-p"
+    return "-r"
+
 def _options(parameters: dict[str, str]) -> str:
     "`-p name value` for each parameter that is not empty."
-    return " ".join(f"-p {k} {shlex.quote(v)}" for k, v in parameters.items() if v)
+    return " ".join(f"{_flag(v)} {k} {shlex.quote(v)}" for k, v in parameters.items() if v)
 
 def near(path: Path) -> str:
     "A path as a command names it: relative where it is below the working folder."

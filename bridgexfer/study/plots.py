@@ -108,8 +108,8 @@ def around_zero(low: Iterable[float], # ends of bars
                 high: Iterable[float],
                ) -> tuple[float, float]: # limits of an axis
     "Limits that hold all bars and the zero, with some room."
-    least = min(0, *low)
-    most = max(0, *high)
+    least = min([0, *low])
+    most = max([0, *high])
     room = .05 * (most - least) + .1
     return least - room, most + room
 

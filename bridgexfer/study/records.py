@@ -6,7 +6,7 @@
 __all__ = ['RECORD_KINDS', 'PREFIXES', 'SHOWN', 'SYNTHESES', 'METHODS', 'json_values', 'record_path', 'find_record', 'differing',
            'write_record', 'record_run', 'job_name', 'short_name', 'job_path', 'write_job', 'read_job', 'read_manifest',
            'spec_columns', 'to_frame', 'read_jobs', 'Synthesis', 'shots_label', 'read_choices', 'NoChoice',
-           'read_choice']
+           'has_choice', 'read_choice']
 
 # %% ../../nbs/study/01_records.ipynb #404d8208
 import csv
@@ -245,6 +245,15 @@ def _rows(path: Path) -> list[dict[str, str]]:
     if path.suffix == ".json": return [{k: str(v) for k, v in row.items()} for row in read_json(path)["choices"]]
     with open(path, newline="", encoding="utf-8") as f: return list(csv.DictReader(f))
 
+def _of_cell(path: Path, dataset: str, arch: str, name: str, shots: int) -> list[dict[str, str]]: # one row, or none
+    "The choices for a cell of the study."
+    wanted = dict(dataset=dataset, arch=arch, pipeline=name, shots=str(shots))
+    return [r for r in _rows(path) if all(r.get(k) == v for k, v in wanted.items())] # an older table has no shots
+
+def has_choice(path: Path, dataset: str, arch: str, name: str, shots: int) -> bool: # as of `read_choice`
+    "Whether a search was made for a cell of the study."
+    return path.exists() and bool(_of_cell(path, dataset, arch, name, shots))
+
 # %% ../../nbs/study/01_records.ipynb #bf2eefcf
 def read_choice(path: str | Path, # tab5_learning_rates.csv of the profile's figures, or what a job `beyond_tune` left
                 dataset: str,
@@ -256,11 +265,10 @@ def read_choice(path: str | Path, # tab5_learning_rates.csv of the profile's fig
     "The hyper-parameters that were chosen for a cell of the study."
     path = Path(path)
     made_by = "make beyond" if path.suffix == ".json" else "make tune"
-    advice = f"run `{made_by}`, or set `lr` in settings.ini to one number for all"
+    advice = (f"run `{made_by}` with the same DATASETS, ARCHS and SHOTS, or set `lr` in settings.ini to one number for "
+              "all")
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: {advice}.")
-    rows = _rows(path)
-    wanted = dict(dataset=dataset, arch=arch, pipeline=name, shots=str(shots))
-    found = [r for r in rows if all(r.get(k) == v for k, v in wanted.items())] # an older table has no shots
+    found = _of_cell(path, dataset, arch, name, shots)
     where = f"{name} on {dataset} with {arch}, {shots_label(shots)}"
     if not found: raise ValueError(f"{path} has no rate for {where}: {advice}.")
     if not found[0].get("lr"): raise NoChoice(f"Training diverged at every learning rate that was tried for {where}.")

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CORRECTED', 'TASK', 'MARKS', 'Rows', 'ROWS', 'BY', 'HOW_TO_READ', 'TESTED', 'STANDINGS', 'LEVEL', 'HOW_JUDGED',
            'OVER_DATASETS', 'FOREIGN', 'published', 'printed', 'quoted', 'paper_classes', 'percent', 'differences',
-           'views', 'measured', 'against', 'ordered', 'only', 'blocks', 'contrast', 'plus_minus', 'mean_text', 'gap',
-           'label', 'named', 'wide', 'listing', 'say', 'counted', 'span', 'listed', 'numbers', 'power', 'seen',
-           'show_measured', 'show_block', 'show_table', 'beside', 'plus_minus_printed', 'subject', 'ties', 'ran',
-           'compared', 'claim_standing', 'case_standing', 'Claim', 'agrees', 'average', 'judge_block', 'judge',
-           'standing', 'conclude', 'show_claims', 'chance', 'caution', 'Examples', 'spaced', 'real_examples',
+           'views', 'measured', 'against', 'ordered', 'only', 'comparable', 'blocks', 'contrast', 'plus_minus',
+           'mean_text', 'gap', 'label', 'named', 'wide', 'listing', 'say', 'counted', 'span', 'listed', 'numbers',
+           'power', 'seen', 'show_measured', 'show_block', 'show_table', 'beside', 'plus_minus_printed', 'subject',
+           'ties', 'ran', 'compared', 'claim_standing', 'case_standing', 'Claim', 'agrees', 'average', 'judge_block',
+           'judge', 'standing', 'conclude', 'show_claims', 'chance', 'caution', 'Examples', 'spaced', 'real_examples',
            'made_examples']
 
 # %% ../../nbs/study/04_report.ipynb #1b5fe307
@@ -128,6 +128,12 @@ def only(frame: pd.DataFrame,
     "The rows in which some columns have these values."
     for column, value in at.items(): frame = frame[frame[column] == value]
     return frame
+
+# %% ../../nbs/study/04_report.ipynb #f0a1c501
+def comparable(runs: pd.DataFrame, # records
+              ) -> pd.DataFrame:
+    "The records of tasks in which something was run beside vanilla, such as not those full-shot of a few-shot study."
+    return runs[runs.groupby(TASK).pipeline.transform("nunique") > 1]
 
 # %% ../../nbs/study/04_report.ipynb #ade0bb50
 def blocks(table: pd.DataFrame,

@@ -156,6 +156,9 @@ def with_revision(texts: dict[str, str], # settings of a section, or of a comman
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", model): return texts
     name, _, revision = model.partition("@")
     given = texts.get("revision")
+    if revision and Path(name).is_dir():
+        raise ValueError(f"model = {model} names a revision of a model on the hub, and {name} is a folder here: give "
+                         f"./{name} for the folder, or work in another one.")
     if revision and given and _bare(given) != revision:
         raise ValueError(f"model = {model} and revision = {_bare(given)} differ: give the revision once.")
     known = common.get("revision") if _bare(common.get("model", "")) == name else None
