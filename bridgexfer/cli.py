@@ -218,8 +218,8 @@ def datasets(settings: KeyValues = None, fetch: Fetch = None, profile: Profile =
     "The paper's ten datasets: found or not, where, how many images, what to do; --fetch downloads what can be had."
     from bridgexfer.data.archives import archive_table, archive_text, download
     from bridgexfer.study.grid import Study
-    words = [*(settings or ()), *([f"profile={profile}"] if profile else ())]
-    root = Study(**key_values(words)).data_dir
+    named = [f"profile={profile}"] if profile else []
+    root = Study(**key_values([*(settings or ()), *named])).data_dir
     for name in fetch or (): download(name, root)
     return _answer(0, archive_table(root), archive_text(root), as_json)
 

@@ -21,8 +21,8 @@ NARROW = """
   sweep_images=1 more_images=1 mixed_images=1 few_shots=1 clip_shots=1 gpu=0 cores=1 memory=2
 """
 PAPER = """
-  archs=mini_resnet10 more_archs=resnet18 volume_datasets=pets guidance_datasets=pets style_datasets=pets class_datasets=
-  arch_style_datasets=pets fixed_datasets=dtd clip_datasets=dtd generate_cores=1 invert_cores=1 generate_memory=2
+  archs=mini_resnet10 more_archs=resnet18 volume_datasets=pets guidance_datasets=pets style_datasets=pets
+  class_datasets= arch_style_datasets=pets fixed_datasets=dtd clip_datasets=dtd generate_cores=1 invert_cores=1 generate_memory=2
   invert_memory=2 table_memory=2 jobs_per_sweep=1 part_hours=0
 """
 PROFILES = {"evening": ("pets", NARROW), "paper": ("pets dtd", NARROW + PAPER)} # -> datasets, settings
