@@ -22,8 +22,8 @@ NARROW = """
 """
 PAPER = """
   archs=mini_resnet10 more_archs=resnet18 volume_datasets=pets guidance_datasets=pets style_datasets=pets
-  class_datasets= arch_style_datasets=pets fixed_datasets=dtd clip_datasets=dtd generate_cores=1 invert_cores=1 generate_memory=2
-  invert_memory=2 table_memory=2 jobs_per_sweep=1 part_hours=0
+  class_datasets= arch_style_datasets=pets fixed_datasets=dtd clip_datasets=dtd generate_cores=1 invert_cores=1
+  generate_memory=2 invert_memory=2 table_memory=2 jobs_per_sweep=1 part_hours=0
 """
 PROFILES = {"evening": ("pets", NARROW), "paper": ("pets dtd", NARROW + PAPER)} # -> datasets, settings
 
