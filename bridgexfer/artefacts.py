@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SYSTEM', 'LIBRARIES', 'PACKAGE', 'STATE', 'unhashed', 'canonical', 'address', 'spec_hash', 'as_dict', 'stable_hash',
            'digest', 'atomic', 'check_writable', 'check_readable', 'said_by_system', 'write_json', 'read_json',
-           'read_tensors', 'device_name', 'provenance', 'found_or_made', 'code_hash']
+           'read_tensors', 'csv_delimiter', 'device_name', 'provenance', 'found_or_made', 'code_hash']
 
 # %% ../nbs/library/00_artefacts.ipynb #f4287061
 import ast, errno, hashlib, json, os, platform, re, subprocess, time
@@ -237,6 +237,11 @@ def read_tensors(path: str | Path,
     check_readable(path)
     try: return load_file(path)
     except SafetensorError as e: raise ValueError(f"{path} is not safetensors ({e}): {remedy}.") from None
+
+# %% ../nbs/library/00_artefacts.ipynb #c8269328
+def csv_delimiter(text: str) -> str: # text: of a CSV file
+    "What separates its columns, by its first line."
+    return max(",;\t", key=text.partition("\n")[0].count)
 
 # %% ../nbs/library/00_artefacts.ipynb #14483dd2
 LIBRARIES = ("torch", "torchvision", "timm", "diffusers", "transformers")

@@ -25,14 +25,13 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 # %% ../nbs/library/23_imported_sets.ipynb #2ca5a466
-from .artefacts import atomic, found_or_made, read_json, unhashed
+from .artefacts import atomic, csv_delimiter, found_or_made, read_json, unhashed
 from .datasets import FOLLOW, NOWHERE, SPLIT_OF, class_folders, follows_links, given_names, is_litter, plain
 from .datasets import walk_folder
 from .images import SMALL, SUFFIXES, Images, in_order, in_srgb, mapped, mapped_files, open_image, orientation
 from .images import store, upright
 from .prompts import name_of_folder
 from .synthetic_sets import SyntheticSet, slug
-from .user_prompts import csv_delimiter
 
 # %% ../nbs/library/23_imported_sets.ipynb #73cde965
 @dataclass(frozen=True, eq=False, slots=True) # there may be a million
