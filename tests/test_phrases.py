@@ -435,7 +435,7 @@ def test_more_shots_than_there_are_images_are_rejected_before_the_work(key, caps
     assert f"{key} asks for 10000 images of each class, and digits has 898 training images of 10 classes" in said
 
 
-@pytest.mark.parametrize("setting", ["shots=1", "datasets=pets", "pipelines=mixed", "few_shots=1", "beyond_shots=1"])
+@pytest.mark.parametrize("setting", ["shots=1", "datasets=pets", "pipelines=mixed"])
 def test_settings_that_a_command_would_ignore_are_rejected(setting, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     said = sentence(capsys, "generate", "digits", "--profile", "smoke", "--set", setting)
@@ -443,6 +443,15 @@ def test_settings_that_a_command_would_ignore_are_rejected(setting, capsys, tmp_
     folder = write_folder(tmp_path/"my")
     (folder/"bridgexfer.ini").write_text(setting)
     assert str(folder/"bridgexfer.ini") in sentence(capsys, "leep", folder, "--profile", "smoke")
+
+
+def test_settings_of_sweeps_that_a_command_ignores_are_said(capsys, caplog, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    sentence(capsys, "generate", "digits", "--profile", "smoke", "--set", "few_shots=1", "--set", "shots=1")
+    assert not caplog.messages # an error says enough
+    sentence(capsys, "generate", "digits", "--profile", "smoke", "--set", "few_shots=1", "--set", "guidance=nan")
+    assert caplog.messages == ["Warning: few_shots says what the study varies, and a command for one dataset has no "
+                               "use for it."]
 
 
 def test_a_large_validation_part_leaves_something_to_fit():
