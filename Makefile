@@ -19,7 +19,7 @@ MINUTES  ?= 60 # of `make fuzz`
 FOR      ?= study # of `make env`, one or more of: study test docs lab
 TORCH    ?= # of a new environment. keep: torch and torchvision that PYTHON has; cpu: without CUDA, from PyTorch's index
 ARGS     ?= # more for pytest, as in ARGS="-k digits"
-SNAKEMAKE_ARGS ?= # more for snakemake, as in SNAKEMAKE_ARGS="--default-resources slurm_partition=gpu slurm_account=me"
+SNAKEMAKE_ARGS ?= # more for snakemake, as in SNAKEMAKE_ARGS="--default-resources slurm_partition=gpu slurm_account=me" or "--dry-run"
 
 STAMP   := .venv/.complete
 RUN     := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" PYTHONUTF8=1
@@ -46,7 +46,7 @@ env: $(STAMP) $(patsubst %,.venv/.%,$(filter-out study,$(FOR))) ## the environme
 
 study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10 (23 minutes on two cores)
 	@$(WORKFLOW) study $(WITH)
-	@$(RUN) bridgexfer table $(CONFIG)
+	$(if $(filter -n --dry-run --dryrun,$(SNAKEMAKE_ARGS)),,@$(RUN) bridgexfer table $(CONFIG))
 
 paper: $(STAMP) ## every table and figure, and the controls (by the plan two hours on two cores; stop it and run it again as you like)
 	@$(WORKFLOW) paper $(WITH)

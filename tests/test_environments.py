@@ -120,6 +120,13 @@ def test_a_path_with_blanks_reaches_the_jobs_whole(tmp_path):
     assert all(any(w.startswith(f"{tmp_path}/my runs/") for w in shlex.split(line)) for line in lines)
 
 
+@pytest.mark.parametrize(("arguments", "reads"), [("", True), ("--dry-run", False), ("-n -p", False)])
+def test_a_dry_run_prints_no_table(arguments, reads):
+    words = ["-n", "study", "PROFILE=smoke", f"SNAKEMAKE_ARGS={arguments}"]
+    said = subprocess.run([*MAKE, *words], cwd=ROOT, encoding="utf-8", stdout=subprocess.PIPE, check=True).stdout
+    assert ("bridgexfer table" in said) == reads and "snakemake" in said
+
+
 @pytest.mark.slow
 def test_a_job_runs_in_a_folder_with_blanks(tmp_path):
     made = tmp_path/"my runs"/"smoke/generate/single-digits.json"
