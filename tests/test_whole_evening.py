@@ -3,6 +3,7 @@ import re
 import shlex
 import shutil
 
+import pandas as pd
 import pytest
 from archives_fixture import write_archive
 from hub import Hub
@@ -17,7 +18,7 @@ from bridgexfer.study.grid import Study
 NARROW = """
   images=1 steps=1 size=32 stored_size=224 generate_batch=64 precision=float32 epochs=1 few_epochs=1 stage1_epochs=1
   mixed_epochs=1 mixed_few_epochs=1 lrs=0.01 stage1_lrs=0.01 clip_lrs=0.01 real_shares=0.5 mix_weights=1 keeps=0.5
-  seeds=0 tuning_seeds=100 few_tuning_seeds=100 sets=1 style_steps=1 inversion_batch=2 volumes="1 2" guidances=3.5
+  seeds=0 tuning_seeds=100 few_tuning_seeds=100 sets=1 style_steps=1 inversion_batch=2 volumes="1 2" guidances="2 3.5"
   sweep_images=1 more_images=1 mixed_images=1 few_shots=1 clip_shots=1 beyond_shots=1 gpu=0
   cores=1 memory=2
 """
@@ -63,7 +64,9 @@ class Reader:
         settings = dict(word.split("=", 1) for word in self.words)
         return Study(self.profile, datasets=self.datasets, shots="full 1", runs=f"{self.clone}/runs", **settings)
 
-    def tables(self): return {p.name: p.read_bytes() for p in sorted(self.study().figures_dir.glob("*.csv"))}
+    def tables(self): # without how long something took
+        found = {path.name: pd.read_csv(path) for path in sorted(self.study().figures_dir.glob("*.csv"))}
+        return {name: table.loc[:, ~table.columns.str.contains("seconds")].to_csv() for name, table in found.items()}
 
 
 @pytest.fixture(scope="module")
