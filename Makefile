@@ -69,7 +69,7 @@ datasets: $(STAMP) ## the paper's ten datasets: found or not, and what to do; FE
 test: .venv/.test ## modules and notebooks, all tests below five processor seconds (about 6 minutes on two cores)
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not heavy" $(ARGS)
 
-test-all: .venv/.test .venv/.docs ## the same, and the study, every job and paper notebook, faults, a model of full size, a SLURM, the site in a browser (an hour on two cores)
+test-all: .venv/.test .venv/.docs ## the same, and the study, every job and paper notebook, faults, evening and paper on a stand-in of the hub, a SLURM, the site in a browser (an hour and a half on two cores)
 	@bash .ci/extras
 	@$(RUN) OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
