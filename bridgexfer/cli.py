@@ -7,11 +7,11 @@ __all__ = ['app', 'COMPLETED', 'DatasetName', 'Count', 'Seeds', 'Model', 'Device
            'KeyValues', 'Links', 'Fetch', 'PerClass', 'Templates', 'Table', 'Captions', 'Domain', 'Prefix', 'Suffix',
            'Negative', 'FromReal', 'Between', 'Strength', 'Lora', 'LoraScale', 'Synthetic', 'FeaturesOf', 'Backbones',
            'Share', 'Threshold', 'Backbone', 'Given', 'NoImages', 'Hours', 'Kept', 'Pictures', 'Top', 'Batch', 'Row',
-           'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'TOO_LITTLE', 'FEWER', 'BUG', 'BROKEN_PIPE', 'given',
-           'finite', 'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words', 'key_values', 'example',
-           'check', 'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep', 'curate', 'transfer',
-           'predict', 'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain', 'Notes',
-           'WithoutBars', 'main']
+           'SEVERAL', 'MEMORY', 'GPU', 'NETWORK', 'ENVIRONMENT', 'TOO_LITTLE', 'FEWER', 'COMPILED', 'BUG',
+           'BROKEN_PIPE', 'given', 'finite', 'setting_words', 'words_of', 'dataset_words', 'at_cursor', 'pair_words',
+           'key_values', 'example', 'check', 'datasets', 'invert', 'lora', 'generate', 'verify', 'compare', 'leep',
+           'curate', 'transfer', 'predict', 'export', 'push', 'plan', 'table', 'provenance', 'repeat_option', 'explain',
+           'Notes', 'WithoutBars', 'main']
 
 # %% ../nbs/apps/05_cli.ipynb #373bd560
 import io, json, os, re, shlex, sys, traceback
@@ -664,6 +664,8 @@ ENVIRONMENT = ("ImportError", "SafetensorError", "BadZipFile", "TarError") # oth
 TOO_LITTLE = "There is too little memory: give smaller numbers for generate_batch, which changes no image, or for " \
              "batch and inversion_batch, which change results; or another machine."
 FEWER = "There is too little memory: give a smaller --batch, which changes no prediction; or another machine."
+COMPILED = "A file that Python compiled is damaged, as when a disk was full: delete the folders __pycache__ of " \
+           f"bridgexfer and below {sys.prefix}, and run the same command again."
 
 # %% ../nbs/apps/05_cli.ipynb #1391b059
 def _advice(error: BaseException, command: str) -> str | None: # None: the error's own sentence says it
@@ -673,6 +675,7 @@ def _advice(error: BaseException, command: str) -> str | None: # None: the error
     if isinstance(error, MemoryError) or runtime and re.search(MEMORY, str(error)):
         return FEWER if command == "predict" else TOO_LITTLE
     if runtime and re.search(GPU, str(error)): return "The GPU cannot be used: --device cpu does without it."
+    if isinstance(error, EOFError) and "marshal" in str(error): return COMPILED
     if packages & NETWORK: return "Run the same command again when the network or the server answers."
     return None
 
@@ -759,6 +762,7 @@ def _run(words: list[str]) -> int: # exit code
     try:
         code = app(repeat_option(words), prog_name="bridgexfer", standalone_mode=False)
         sys.stdout.flush()
+    except typer.Abort as e: raise e.__cause__ or e # typer takes an EOFError for the end of the user's input
     except SystemExit as e: # typer's, after a broken pipe
         if not isinstance(e.__context__, BrokenPipeError): raise
         raise e.__context__ from None

@@ -215,8 +215,9 @@ def test_an_error_of_the_disk_leaves_the_old_file(tmp_path, monkeypatch, error):
 
 
 @pytest.fixture
-def room():
+def room(monkeypatch):
     "A way to allow files of so many bytes and no more."
+    monkeypatch.setattr(sys, "dont_write_bytecode", True) # the limit would cut it
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)

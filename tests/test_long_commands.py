@@ -1,5 +1,6 @@
 """`transfer`, `predict`, `export` and `push` under Ctrl-C and faults: one sentence, its exit code, and nothing lost."""
 import resource
+import sys
 
 import pytest
 import torch
@@ -107,7 +108,8 @@ def test_a_loss_that_is_not_finite(run, home):
 
 
 @pytest.fixture
-def room():
+def room(monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", True) # the limit would cut it
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)

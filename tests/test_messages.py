@@ -236,3 +236,11 @@ def test_notes_that_cannot_be_written_end_no_work(words, ends, tmp_path):
             how = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
             done = subprocess.run([sys.executable, "-c", code, *words], **how)
             assert done.returncode == ends and done.stdout.startswith("" if ends else "SyntheticSet")
+
+
+def test_a_damaged_compiled_file_is_named_and_no_bug(monkeypatch, capsys):
+    "A full disk cuts what Python compiles, and typer takes that for the end of a user's input."
+    raises(monkeypatch, EOFError("marshal data too short"))
+    assert main(["check", "."]) == 2
+    said = capsys.readouterr().err
+    assert "marshal data too short" in said and "delete the folders __pycache__" in said and "Abort" not in said
