@@ -170,7 +170,7 @@ def test_a_choice_is_read_by_its_cell(tmp_path):
     assert read_choice(path, "pets", "net", "bridged", 0, ["lr"]) == {"lr": .1}
     with pytest.raises(NoChoice, match="diverged at every learning rate .* mixed on pets with net, 4-shot"):
         read_choice(path, "pets", "net", "mixed", 4, ["lr"])
-    advice = "run `make tune`, or set `lr`"
+    advice = "run `make tune`( with the same DATASETS, ARCHS and SHOTS)?, or set `lr`"
     with pytest.raises(ValueError, match=f"has no rate for vanilla on pets with net, 4-shot: {advice}"):
         read_choice(path, "pets", "net", "vanilla", 4, ["lr"])
     with pytest.raises(ValueError, match=f"has no repeats for bridged on pets with net, full-shot: {advice}"):
