@@ -10,8 +10,8 @@ from bridgexfer.datasets import few_shot
 from bridgexfer.generation import STRENGTHS
 from bridgexfer.images import as_images
 from bridgexfer.study.costs import Target, work_of
-from bridgexfer.study.grid import (FROM_REAL, PAGES, SWEEPS, SetKey, Study, decides, job_command, job_state, page_of,
-                                   page_state, resources, set_seed, strength, subset, web_images)
+from bridgexfer.study.grid import (FROM_REAL, PAGES, SWEEPS, SetKey, Study, check_each_once, decides, job_command, job_state,
+                                   page_of, page_state, resources, set_seed, strength, subset, web_images)
 from bridgexfer.synthetic_sets import SyntheticSet, generate
 from bridgexfer.transfer import PIPELINES, Pipeline, Run
 
@@ -190,6 +190,17 @@ def test_sets_of_other_classes_have_other_names():
         assert name["digits"] == name["digits-photo"] != name["greek"]
     web = [STUDY.synthetic_hash(data["greek"], Run("mixed", 0, seed, 20, "web")) for seed in (0, 1)]
     assert web[0] != web[1]
+
+
+def test_a_dataset_under_two_names_is_counted_once(tmp_path, monkeypatch):
+    (tmp_path/"mine").mkdir()
+    (tmp_path/"link").symlink_to("mine")
+    monkeypatch.chdir(tmp_path)
+    for twice in (["digits", "registry:digits"], ["mine", "./mine/"], ["mine", "digits", "link"]):
+        with pytest.raises(ValueError, match="are the same dataset: list it once"): check_each_once(twice)
+    check_each_once(["mine", "digits", "digits-photo"])
+    with pytest.raises(ValueError, match="digits and registry:digits are the same"):
+        Study("miniature", datasets="digits registry:digits").check()
 
 
 def test_mistakes_name_what_to_do(digits, tmp_path):

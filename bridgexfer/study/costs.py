@@ -19,7 +19,7 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from ..artefacts import device_name
-from ..backbones import backbone, is_vit
+from ..backbones import backbone
 from ..data.archives import ARCHIVES, find_archive
 from ..data.registry import dataset_info, train_size
 from ..generation import SynthesisSpec
@@ -117,7 +117,7 @@ class PassCounter(Counter):
         if p.bridged and self.first("bridge", p.mixup, p.shuffled, stage1, *on): total += stage1[1] * synthetic
         if p.real and self.first("run", run.pipeline, run.shots, *values.items(), *on):
             mixing = self.study.mixing(run.pipeline, values) or Mixing()
-            batch = self.study.settings.vit_batch if is_vit(arch) else self.study.settings.batch
+            batch = self.study.settings.vit_batch if backbone(arch).transformer else self.study.settings.batch
             seen = real * (1 if mixing.real_only else int(values.get("repeats", 1)))
             epochs = self.study.epochs(run, values, stage1[1], synthetic / real)
             total += sum(epoch_sizes(mixing, seen, synthetic if p.mixed else 0, epochs, batch))

@@ -6,12 +6,12 @@
 __all__ = ['BEYOND', 'SWEEPS', 'LEARNED', 'FROM_REAL', 'FILTERED_FROM', 'WEB_VERSION', 'SHIPPED_NAMES', 'PATHS', 'RESOURCES',
            'LISTED', 'MESSAGES', 'PAGES', 'Profile', 'count', 'Sweep', 'Grid', 'cut', 'SetKey', 'set_seed', 'SetKeys',
            'Sets', 'AllSets', 'subset', 'strength', 'recipe_of', 'kinds_of', 'searched_rates', 'check_stored',
-           'check_shots', 'Specs', 'Learned', 'SetSpecs', 'web_images', 'Drawn', 'Runs', 'Trainings', 'Cells', 'Tuned',
-           'Choices', 'RunSpecs', 'search_weight', 'Tuning', 'Searches', 'is_resource', 'decides', 'Job', 'in_parts',
-           'contents', 'patterns', 'rates_of', 'shards_of', 'set_parts', 'set_jobs', 'set_manifests', 'sweep_jobs',
-           'searched_manifests', 'beyond_jobs', 'other_jobs', 'Page', 'page_of', 'Results', 'Study', 'near', 'command',
-           'job_command', 'page_command', 'resources', 'state', 'job_state', 'page_state', 'gather', 'gather_choices',
-           'gather_sets', 'gather_parts']
+           'check_shots', 'check_each_once', 'Specs', 'Learned', 'SetSpecs', 'web_images', 'Drawn', 'Runs', 'Trainings',
+           'Cells', 'Tuned', 'Choices', 'RunSpecs', 'search_weight', 'Tuning', 'Searches', 'is_resource', 'decides',
+           'Job', 'in_parts', 'contents', 'patterns', 'rates_of', 'shards_of', 'set_parts', 'set_jobs', 'set_manifests',
+           'sweep_jobs', 'searched_manifests', 'beyond_jobs', 'other_jobs', 'Page', 'page_of', 'Results', 'Study',
+           'near', 'command', 'job_command', 'page_command', 'resources', 'state', 'job_state', 'page_state', 'gather',
+           'gather_choices', 'gather_sets', 'gather_parts']
 
 # %% ../../nbs/study/02_grid.ipynb #dd4520b4
 import json
@@ -25,8 +25,8 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 from ..artefacts import PACKAGE, code_hash, digest, read_json, spec_hash, stable_hash, write_json
-from ..backbones import backbone, is_vit
-from ..data.registry import dataset_info, load_dataset, train_size
+from ..backbones import backbone
+from ..data.registry import REGISTRY, dataset_folder, dataset_info, load_dataset, train_size
 from ..datasets import Dataset, DatasetInfo, few_shot, hold_out, with_recipe
 from ..finetune import FinetuneSpec
 from ..generation import BETWEEN, BETWEEN_STRENGTH, STRENGTHS, SynthesisSpec, synthesis_spec, with_lora
@@ -371,6 +371,17 @@ def check_shots(s: Settings, info: DatasetInfo) -> None:
             raise ValueError(f"{key} asks for {asked} images of each class, and {info.name} has {info.counts[0]} "
                              f"training images of {len(info.names)} classes: give fewer, or full.")
 
+# %% ../../nbs/study/02_grid.ipynb #0nce0nc2
+def check_each_once(datasets: Iterable[str], # names of the registry, or folders
+                   ) -> None:
+    "Raise a `ValueError` if a dataset is listed under two names."
+    listed = {}
+    for name in datasets:
+        folder = dataset_folder(name)
+        meant = folder.resolve() if folder else name.removeprefix(REGISTRY)
+        if meant in listed: raise ValueError(f"{listed[meant]} and {name} are the same dataset: list it once.")
+        listed[meant] = name
+
 # %% ../../nbs/study/02_grid.ipynb #5b9f6a19
 class Specs(AllSets):
     "The specs of a profile's runs and sets."
@@ -627,7 +638,8 @@ class Choices(Tuned):
               ) -> tuple[FinetuneSpec, FinetuneSpec]: # stage 1, and the stage that sees real images
         "Both trainings of a run, without mixup."
         s = self.settings
-        batch, decay = (s.vit_batch, s.vit_weight_decay) if is_vit(arch) else (s.batch, s.weight_decay)
+        transformer = backbone(arch).transformer
+        batch, decay = (s.vit_batch, s.vit_weight_decay) if transformer else (s.batch, s.weight_decay)
         if s.optimiser == "adamw": decay = s.adamw_weight_decay
         how = dict(batch=batch, momentum=s.momentum, weight_decay=decay, augment=data.info.augment)
         bridge = self.start("bridged_pp", run.shots) | values
@@ -1001,6 +1013,7 @@ class Study(Results):
     def check(self) -> None:
         "Raise a `ValueError` or `OSError` if a model or dataset is unknown, or smaller than what is asked of it."
         find_model(self.settings.model)
+        check_each_once(self.datasets)
         for d in self.datasets: check_shots(self.settings, dataset_info(d))
 
     @cached_property
