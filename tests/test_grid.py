@@ -10,8 +10,8 @@ from bridgexfer.datasets import few_shot
 from bridgexfer.generation import STRENGTHS
 from bridgexfer.images import as_images
 from bridgexfer.study.costs import Target, work_of
-from bridgexfer.study.grid import (FROM_REAL, PAGES, SWEEPS, SetKey, Study, check_each_once, decides, job_command, job_state,
-                                   page_of, page_of, page_state, resources, set_seed, strength, subset, web_images)
+from bridgexfer.study.grid import (FROM_REAL, PAGES, SWEEPS, SetKey, Study, check_each_once, decides, job_command,
+                                   job_state, page_of, page_state, resources, set_seed, strength, subset, web_images)
 from bridgexfer.synthetic_sets import SyntheticSet, generate
 from bridgexfer.transfer import PIPELINES, Pipeline, Run
 
