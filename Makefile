@@ -44,14 +44,14 @@ help: ## this list
 
 env: $(STAMP) $(patsubst %,.venv/.%,$(filter-out study,$(FOR))) ## the environment in .venv, from requirements.lock; made once, and again when the lock changes
 
-study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10 (23 minutes on two cores)
+study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10 (25 minutes on two cores)
 	@$(WORKFLOW) study $(WITH)
 	$(if $(filter -n --dry-run --dryrun,$(SNAKEMAKE_ARGS)),,@$(RUN) bridgexfer table $(CONFIG))
 
-paper: $(STAMP) ## every table and figure, and the controls (by the plan two hours on two cores; stop it and run it again as you like)
+paper: $(STAMP) ## every table and figure, and the controls (by the plan two hours and a half on two cores; stop it and run it again as you like)
 	@$(WORKFLOW) paper $(WITH)
 
-beyond: $(STAMP) ## ways of making synthetic images and ways of using them that the paper does not compare (by the plan two hours on two cores; stop it and run it again as you like)
+beyond: $(STAMP) ## ways of making synthetic images and ways of using them that the paper does not compare (by the plan two hours and a half on two cores; stop it and run it again as you like)
 	@$(WORKFLOW) beyond $(WITH)
 
 plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk, as in: make plan PROFILE=paper
@@ -60,7 +60,7 @@ plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk
 provenance: $(STAMP) ## from a number back to its runs, notebooks and commands: make provenance RESULT="tab2_pipelines digits bridged_pp shots=0"
 	@$(RUN) bridgexfer provenance '$(strip $(RESULT))' $(if $(strip $(PROFILE)),--profile "$(strip $(PROFILE))")
 
-tune: $(STAMP) ## choose the hyper-parameters on validation data: Table 5, which `make study` reads (by the plan an hour on two cores)
+tune: $(STAMP) ## choose the hyper-parameters on validation data: Table 5, which `make study` reads (by the plan an hour and a half on two cores)
 	@$(WORKFLOW) learning_rates $(WITH)
 
 datasets: $(STAMP) ## the paper's ten datasets: found or not, and what to do; FETCH="pets dtd" downloads, SET="data=FOLDER" says where
@@ -104,7 +104,8 @@ cuda_style_inversion = -p model sd15 -p device cuda -p precision bfloat16 -p siz
 cpu_finetuning       = -p shapes "mini_resnet10@32 mini_resnet18@64 resnet18@64" -p images 256 -p batch 64 -p rounds 5 -p workers 2 -p seeds 5 -p epochs 15
 cuda_finetuning      = -p shapes "resnet18@224 vit_base@224" -p device cuda -p images 12800 -p batch 64 -p rounds 3 -p workers 16
 cpu_sharing          = -p part miniature -p rounds 2
-cpu_two_commands     = -p commands "study; study" -p environment new
+cpu_two_commands     = -p commands "study; study" -p environment new -p kept "$(CURDIR)/runs/benchmarks/fresh"
+cpu_replication      = -p fresh "$(CURDIR)/runs/benchmarks/fresh"
 cpu_scores           = -p images 898 -p heads 30 -p epochs 20 -p leep_size "20000 1000 200" -p feature_size "5000 512 100" -p rounds 3
 cuda_scores          = $(cpu_scores) -p device cuda
 cpu_growth           = -p per_class "20 200 1000 3000" -p size 512 -p written "200 400 800" -p read "400 800 1600 3200" -p limit 120 \
@@ -112,8 +113,9 @@ cpu_growth           = -p per_class "20 200 1000 3000" -p size 512 -p written "2
 bench = @mkdir -p runs/benchmarks && $(RUN) papermill --engine ipc --log-output nbs/benchmarks/$(1).ipynb runs/benchmarks/$(1).ipynb -p out "$(CURDIR)/figures" $($(strip $(DEVICE))_$(1))
 
 cost: override DEVICE = cpu
-cost: $(STAMP) ## time `make study` in a fresh clone of the last commit, see where its time goes, and take over its figures (12 minutes)
+cost: $(STAMP) ## time `make study` in a fresh clone of the last commit, see where its time goes, and compare its results with the committed ones (26 minutes)
 	$(call bench,two_commands)
+	$(call bench,replication)
 
 bench: $(STAMP) ## ours beside what others do, in turn, and how time and memory grow: figures/benchmarks.csv, growth.csv (25 minutes on two cores); on a GPU at full size with DEVICE=cuda
 	$(if $(filter cuda,$(strip $(DEVICE))),@$(RUN) python -m bridgexfer.study.device cuda figures)
