@@ -48,10 +48,10 @@ study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10 (25 min
 	@$(WORKFLOW) study $(WITH)
 	$(if $(filter -n --dry-run --dryrun,$(SNAKEMAKE_ARGS)),,@$(RUN) bridgexfer table $(CONFIG))
 
-paper: $(STAMP) ## every table and figure, and the controls (by the plan two hours and a half on two cores; stop it and run it again as you like)
+paper: $(STAMP) ## every table and figure, and the controls (by the plan two hours and a quarter on two cores; stop it and run it again as you like)
 	@$(WORKFLOW) paper $(WITH)
 
-beyond: $(STAMP) ## ways of making synthetic images and ways of using them that the paper does not compare (by the plan two hours and a half on two cores; stop it and run it again as you like)
+beyond: $(STAMP) ## ways of making synthetic images and ways of using them that the paper does not compare (by the plan an hour and three quarters on two cores; stop it and run it again as you like)
 	@$(WORKFLOW) beyond $(WITH)
 
 plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk, as in: make plan PROFILE=paper
@@ -60,7 +60,7 @@ plan: $(STAMP) ## what a profile costs before it runs: jobs, images, hours, disk
 provenance: $(STAMP) ## from a number back to its runs, notebooks and commands: make provenance RESULT="tab2_pipelines digits bridged_pp shots=0"
 	@$(RUN) bridgexfer provenance '$(strip $(RESULT))' $(if $(strip $(PROFILE)),--profile "$(strip $(PROFILE))")
 
-tune: $(STAMP) ## choose the hyper-parameters on validation data: Table 5, which `make study` reads (by the plan an hour and a half on two cores)
+tune: $(STAMP) ## choose the hyper-parameters on validation data: Table 5, which `make study` reads (by the plan 50 minutes on two cores)
 	@$(WORKFLOW) learning_rates $(WITH)
 
 datasets: $(STAMP) ## the paper's ten datasets: found or not, and what to do; FETCH="pets dtd" downloads, SET="data=FOLDER" says where

@@ -47,8 +47,8 @@ H100 = Rates("H100", (
 TWO_CORES = Rates("machine", (
     Rate("generate", SHIPPED, 30., "measured: 25 steps, bfloat16, two jobs at once, AMD EPYC"),
     Rate("invert", SHIPPED, 20., "assumed: batches of 8, two jobs at once"),
-    Rate("transfer", "mini_resnet10", 2_500., "measured: two jobs at once, AMD EPYC"),
-    Rate("transfer", "", 2_000., "assumed: two jobs at once")),
+    Rate("transfer", "mini_resnet10", 4_800., "measured: two jobs at once, AMD EPYC"),
+    Rate("transfer", "", 3_000., "assumed: two jobs at once")),
     2e3, "assumed: 32 pixels, PNG")
 
 # %% ../nbs/library/29_rates.ipynb #3d758036

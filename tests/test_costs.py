@@ -52,14 +52,29 @@ def test_the_search_has_a_set_for_each_of_its_seeds():
     ("vanilla", 0, 898 * 15), ("vanilla", 4, 40 * 60), ("mixed", 4, 640 * 10), ("bridged_pp", 4, 600 * 10 + 40 * 60),
     ("synthetic", 0, 600 * 10), ("vanilla_long", 4, 40 * (60 + 150))])
 def test_passes_of_a_run(pipeline, shots, passes):
-    count = PassCounter(Study("miniature"))
+    count = PassCounter(Study("miniature", lr="0.1"))
     run = Run(pipeline, shots, 0, 0 if pipeline == "vanilla" else 60)
     assert count.passes(run, TARGETS["digits"], "mini_resnet10") == passes
     assert count.passes(run, TARGETS["digits"], "mini_resnet10") == 0 # it is recorded
 
 
+def test_passes_are_those_of_the_values_that_were_chosen(tmp_path):
+    "Not of those at which the search begins: the chosen ones can be several times as long."
+    table = tmp_path/"miniature/tab5_learning_rates.csv"
+    table.parent.mkdir()
+    table.write_text("dataset,arch,pipeline,shots,lr,stage1_lr,stage1_epochs,epochs,repeats\n"
+                     "digits,mini_resnet10,mixed,4,0.1,,,20,3\n"
+                     "digits,mini_resnet10,bridged_pp,4,0.1,0.03,30,,\n")
+    count, digits = PassCounter(Study("miniature", figures=str(tmp_path))), TARGETS["digits"]
+    def passes(name): return count.passes(Run(name, 4, 0, 60), digits, "mini_resnet10")
+    assert passes("mixed") == (40 * 3 + 600) * 20
+    assert passes("bridged_pp") == 600 * 30 + 40 * 60
+    assert passes("vanilla_long") == 40 * (60 + 30 * 15) # as much compute as bridged++ has
+    assert passes("bridged") == 600 * 10 + 40 * 60 # has no row: where its search begins
+
+
 def test_bridges_are_trained_once_for_each_kind():
-    count, digits = PassCounter(Study("miniature")), TARGETS["digits"]
+    count, digits = PassCounter(Study("miniature", lr="0.1")), TARGETS["digits"]
     runs = [Run(p, k, 0, 60) for p, k in (("bridged", 0), ("bridged_fc", 0), ("bridged_pp", 0), ("bridged", 4))]
     first, other_head, mixup, fewer = (count.passes(run, digits, "mini_resnet10") for run in runs)
     assert first == mixup == 6000 + 898 * 15 and other_head == 898 * 15 and fewer == 40 * 60

@@ -63,7 +63,7 @@ def test_a_machine_of_ones_own_has_a_job_for_each_group():
 
 def test_a_model_without_a_rate_is_cut_like_the_one_that_has_one():
     assert hours_for(H100, "generate", "owner/name", 1e4) == hours_for(H100, "generate", SD15, 1e4)
-    assert hours_for(TWO_CORES, "transfer", "resnet18", 3600 * 2000) == 1
+    assert hours_for(TWO_CORES, "transfer", "resnet18", 3600 * 3000) == 1
     other = Study("paper", model="owner/name", revision="main")
     assert len(other.jobs()) == len(PAPER.jobs())
 

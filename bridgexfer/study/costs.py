@@ -13,6 +13,7 @@ __all__ = ['Trial', 'TUNING', 'FORM', 'COUNTED', 'NEEDS', 'CARDS', 'LISTED', 'SU
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from math import nan
 from pathlib import Path
 from typing import NamedTuple
@@ -101,13 +102,23 @@ class Counter:
 # %% ../../nbs/study/05_costs.ipynb #f949c6a0
 class PassCounter(Counter):
     "Counts image passes as well."
+    def __init__(self, study: Study):
+        super().__init__(study)
+        self.foreseen = cache(study.foreseen)
+
+    def bridge(self, run: Run, target: Target, arch: str, values: dict[str, float]) -> dict[str, float]: # by axis
+        "The hyper-parameters of a run's stage 1, or of the one whose compute it has."
+        start = self.study.start("bridged_pp", run.shots)
+        if not pipeline(run.pipeline).match_compute: return start | values
+        return self.foreseen(target.name, arch, Run("bridged_pp", run.shots, 0))
+
     def passes(self, run: Run, target: Target, arch: str,
-               values: dict[str, float] | None = None, # of hyper-parameters, by axis; None: where the search begins
+               values: dict[str, float] | None = None, # of hyper-parameters, by axis; None: as chosen, or to begin with
               ) -> int: # images
         "Images that have to be trained on for a run."
         p = pipeline(run.pipeline)
-        values = values or self.study.start(p.tuned_as or run.pipeline, run.shots)
-        bridge = self.study.start("bridged_pp", run.shots) | values
+        values = values or self.foreseen(target.name, arch, Run(p.tuned_as or run.pipeline, run.shots, 0))
+        bridge = self.bridge(run, target, arch, values)
         stage1 = bridge["stage1_lr"], int(bridge["stage1_epochs"])
         synthetic = run.per_class * target.classes
         real = min(run.shots * target.classes or target.train, target.train)

@@ -634,6 +634,11 @@ class Choices(Tuned):
                              "set `lr` to one number for all.")
         return read_choice(self.choice_path(dataset, arch, name, run.shots), dataset, arch, name, run.shots, start)
 
+    def foreseen(self, dataset: str, arch: str, run: Run) -> dict[str, float]: # by axis
+        "What was chosen for a run; before that, the values at which its search begins."
+        try: return self.choice(dataset, arch, run)
+        except (OSError, ValueError): return self.start(pipeline(run.pipeline).tuned_as or run.pipeline, run.shots)
+
     def stages(self, data: Dataset, arch: str, run: Run, values: dict[str, float],
               ) -> tuple[FinetuneSpec, FinetuneSpec]: # stage 1, and the stage that sees real images
         "Both trainings of a run, without mixup."
