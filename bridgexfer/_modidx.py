@@ -1466,7 +1466,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'bridgexfer.study.grid.Choices': ('study/grid.html#choices', 'bridgexfer/study/grid.py'),
                                        'bridgexfer.study.grid.Choices.choice': ( 'study/grid.html#choices.choice',
                                                                                  'bridgexfer/study/grid.py'),
-                                       'bridgexfer.study.grid.Choices.foreseen': ( 'study/grid.html#choices.foreseen',
+                                       'bridgexfer.study.grid.Choices.expected': ( 'study/grid.html#choices.expected',
                                                                                    'bridgexfer/study/grid.py'),
                                        'bridgexfer.study.grid.Choices.stages': ( 'study/grid.html#choices.stages',
                                                                                  'bridgexfer/study/grid.py'),

@@ -203,7 +203,7 @@ def check(folder: Annotated[str, _argument("FOLDER", "class folders, split or no
           every: Annotated[bool, _flag("--all", "list every file, not the first three of each kind")] = False,
           csv: Annotated[str | None, _option("FILE", "write the findings as a table as well")] = None,
           links: Links = False, as_json: AsJson = False) -> int:
-    "Look through a folder of labelled images."
+    "Check a folder of labelled images."
     from bridgexfer.data.check import check_folder
     _follow(folder, links)
     report = check_folder(folder, write=csv)
@@ -215,7 +215,7 @@ Fetch = Annotated[list[str] | None, _option(
 
 @app.command()
 def datasets(settings: KeyValues = None, fetch: Fetch = None, profile: Profile = None, as_json: AsJson = False) -> int:
-    "The paper's ten datasets: found or not, where, how many images, what to do; --fetch downloads what can be had."
+    "The paper's ten datasets: found or not, where, how many images, what to do; --fetch downloads what is available."
     from bridgexfer.data.archives import archive_table, archive_text, download
     from bridgexfer.study.grid import Study
     named = [f"profile={profile}"] if profile else []
@@ -498,7 +498,7 @@ def _warn_of_cpu(study, device: str) -> None:
 def _say_doubts(dataset: str, report) -> None: # report: of `check_folder`
     "Say what a check warns of."
     if not report.warnings: return
-    print(f"Warning: a check of {dataset} has doubts ({', '.join(report.warnings)}); bridgexfer check "
+    print(f"Warning: a check of {dataset} warns ({', '.join(report.warnings)}); bridgexfer check "
           f"{shlex.quote(dataset)} says more.", file=sys.stderr)
 
 # %% ../nbs/apps/05_cli.ipynb #a6ec1d6d
@@ -560,7 +560,7 @@ Batch = Annotated[int, _option("N", "images at once")]
 def predict(model: Kept, images: Pictures, top: Top = 1, batch: Batch = 64, device: Device = None,
             csv: Annotated[str | None, _option("FILE", "write the predictions as a table as well")] = None,
             as_json: AsJson = False) -> int:
-    "What a kept classifier says of image files; files that cannot be read are reported, and the rest is done."
+    "Classify image files with a kept classifier; files that cannot be read are reported, and the others are done."
     from bridgexfer.artefacts import atomic, check_writable
     from bridgexfer.classifier import image_paths, open_classifier, predict_files, prediction_table, prediction_text
     if csv: check_writable(csv)

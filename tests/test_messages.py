@@ -208,7 +208,7 @@ def test_the_list_of_messages_has_every_kind_of_text():
     lines = done.stdout.splitlines()
     for text in ("ValueError: {path} is not JSON ({e}): {remedy}.", # an error, joined from its parts
                  "_option: seeds, separated by blanks (default: profile's)", # help
-                 "text: Look through a folder of labelled images.", # of a command
+                 "text: Check a folder of labelled images.", # of a command
                  "text: was left by a NAS, an archive or a desktop, and is not read.", # a finding
                  "Fault: the hub has disabled the model"):
         assert any(line.startswith("- ") and line.endswith(f", {text}") for line in lines), text

@@ -394,7 +394,7 @@ def test_doubts_about_a_folder_are_said_where_it_is_trained_on(tmp_path, capsys,
     def stop(*_): raise ValueError("enough")
     monkeypatch.setattr("bridgexfer.cli._warn_of_cpu", stop)
     said = sentence(capsys, *words)
-    assert f"Warning: a check of {folder} has doubts (not read); bridgexfer check '{folder}' says more." in said
+    assert f"Warning: a check of {folder} warns (not read); bridgexfer check '{folder}' says more." in said
     (folder/"train"/"loose.png").unlink()
     assert "doubts" not in sentence(capsys, *words)
 

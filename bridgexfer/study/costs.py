@@ -104,20 +104,20 @@ class PassCounter(Counter):
     "Counts image passes as well."
     def __init__(self, study: Study):
         super().__init__(study)
-        self.foreseen = cache(study.foreseen)
+        self.expected = cache(study.expected)
 
     def bridge(self, run: Run, target: Target, arch: str, values: dict[str, float]) -> dict[str, float]: # by axis
         "The hyper-parameters of a run's stage 1, or of the one whose compute it has."
         start = self.study.start("bridged_pp", run.shots)
         if not pipeline(run.pipeline).match_compute: return start | values
-        return self.foreseen(target.name, arch, Run("bridged_pp", run.shots, 0))
+        return self.expected(target.name, arch, Run("bridged_pp", run.shots, 0))
 
     def passes(self, run: Run, target: Target, arch: str,
                values: dict[str, float] | None = None, # of hyper-parameters, by axis; None: as chosen, or to begin with
               ) -> int: # images
         "Images that have to be trained on for a run."
         p = pipeline(run.pipeline)
-        values = values or self.foreseen(target.name, arch, Run(p.tuned_as or run.pipeline, run.shots, 0))
+        values = values or self.expected(target.name, arch, Run(p.tuned_as or run.pipeline, run.shots, 0))
         bridge = self.bridge(run, target, arch, values)
         stage1 = bridge["stage1_lr"], int(bridge["stage1_epochs"])
         synthetic = run.per_class * target.classes

@@ -634,7 +634,7 @@ class Choices(Tuned):
                              "set `lr` to one number for all.")
         return read_choice(self.choice_path(dataset, arch, name, run.shots), dataset, arch, name, run.shots, start)
 
-    def foreseen(self, dataset: str, arch: str, run: Run) -> dict[str, float]: # by axis
+    def expected(self, dataset: str, arch: str, run: Run) -> dict[str, float]: # by axis
         "What was chosen for a run; before that, the values at which its search begins."
         try: return self.choice(dataset, arch, run)
         except (OSError, ValueError): return self.start(pipeline(run.pipeline).tuned_as or run.pipeline, run.shots)
