@@ -808,6 +808,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'bridgexfer/imported_sets.py'),
                                           'bridgexfer.imported_sets._by_key': ( 'library/imported_sets.html#_by_key',
                                                                                 'bridgexfer/imported_sets.py'),
+                                          'bridgexfer.imported_sets._class_names': ( 'library/imported_sets.html#_class_names',
+                                                                                     'bridgexfer/imported_sets.py'),
                                           'bridgexfer.imported_sets._features': ( 'library/imported_sets.html#_features',
                                                                                   'bridgexfer/imported_sets.py'),
                                           'bridgexfer.imported_sets._file_of': ( 'library/imported_sets.html#_file_of',

@@ -125,6 +125,13 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]: # column -> featu
     except (ValueError, RecursionError, KeyError, TypeError): return {}
     return {k: f for k, f in found.items() if isinstance(f, dict) and k in schema.names}
 
+def _class_names(feature: dict[str, Any], path: Path) -> list[str] | None: # path: for messages
+    "The names of a ClassLabel."
+    names = feature.get("names")
+    if names is None or isinstance(names, list) and all(isinstance(n, str) for n in names): return names
+    raise ValueError(f"{path} has {names!r} where the names of its classes belong, and not a list of words: "
+                     "save the table again.")
+
 def find_columns(schema: pa.Schema, path: Path) -> Columns: # path: for messages
     "Which columns hold image and class; a ValueError says what is missing."
     images = [f.name for f in schema if _holds_images(f)]
@@ -134,7 +141,8 @@ def find_columns(schema: pa.Schema, path: Path) -> Columns: # path: for messages
     if not images or not labels:
         raise ValueError(f"{path} has the columns {', '.join(schema.names)}: one must hold images (a struct of bytes "
                          f"and path), and one that is called {LABELS[0]} or is the only ClassLabel must hold classes.")
-    return Columns("image" if "image" in images else images[0], labels[0], features.get(labels[0], {}).get("names"))
+    names = _class_names(features.get(labels[0], {}), path)
+    return Columns("image" if "image" in images else images[0], labels[0], names)
 
 # %% ../nbs/library/23_imported_sets.ipynb #8fff9021
 def _open_parquet(path: Path) -> pq.ParquetFile:

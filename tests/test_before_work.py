@@ -1,11 +1,15 @@
 """What a study finds and says before its first job: rates of its own search, sizes that fit, what it will take."""
+import json
+import shlex
+
 import pytest
 
 from bridgexfer.cli import main
 from bridgexfer.data.archives import ARCHIVES
 from bridgexfer.study.costs import disk_of, job_hours, more_lines, require_rates, work_text
-from bridgexfer.study.grid import Study, check_stored, rates_of
+from bridgexfer.study.grid import Study, check_stored, job_command, rates_of
 from bridgexfer.transfer import Run
+from test_project import ROOT
 
 DINO = "vit_small_patch14_dinov2.lvd142m"
 
@@ -66,6 +70,22 @@ def test_a_narrowed_study_reads_a_narrowed_search_unless_the_whole_one_has_run(t
     with pytest.raises(ValueError, match="has no rate for vanilla on pets with resnet18"): require_rates(study)
     whole = written(study.figures_dir/"tab5_learning_rates.csv")
     assert study.tuned_path == whole != own
+
+
+def test_figures_of_ones_own_have_rates_of_their_own_or_those_of_the_whole_study(tmp_path):
+    "Every job reads the table that was looked at before it, and the committed one serves until there is another."
+    study = Study("miniature", figures=f"{tmp_path}/my figures")
+    assert study.tuned_path == ROOT/"figures/miniature/tab5_learning_rates.csv"
+    require_rates(study)
+    own = written(study.figures_dir/"tab5_learning_rates.csv")
+    assert study.tuned_path == own
+    require_rates(study) # what it lacks is in the committed one
+    own.write_text(f"{HEAD},epochs\ndigits,mini_resnet10,vanilla,4,0.7,,,,\n")
+    assert study.choice("digits", "mini_resnet10", Run("vanilla", 4, 0)) == {"lr": 0.7}
+    job = next(job for job in study.jobs() if job.rule == "transfer")
+    words = shlex.split(job_command(study, job))
+    inner = json.loads(words[words.index("overrides") + 1])
+    assert Study("miniature", **inner).tuned_path == own
 
 
 # ---- sizes

@@ -446,7 +446,8 @@ def elsewhere(rng, line, seconds):
     except subprocess.TimeoutExpired:
         done.send_signal(signal.SIGINT)
         out, err = done.communicate()
-    code = 130 if done.returncode == -signal.SIGINT else done.returncode # Python had ended: a shell says the same
+    code = done.returncode
+    if code == -signal.SIGINT: code = 0 if out else 130 # the command had ended, and Python was ending
     return code, out.decode(errors="replace"), f"{err.decode(errors='replace')}"
 
 

@@ -188,6 +188,17 @@ def test_folders_that_are_no_set_are_a_sentence(write, said, tmp_path):
     with pytest.raises(ValueError, match=said): import_set(tmp_path/"set", NAMES, tmp_path/"imported")
 
 
+@pytest.mark.parametrize("names", [5, {"one": 1}, [1, None], "ab"])
+def test_names_of_classes_that_are_no_words_are_a_sentence(names, tmp_path):
+    "The text `ab` would be read as two classes."
+    info = {"info": {"features": {"label": {"_type": "ClassLabel", "names": names}}}}
+    images = [{"bytes": FILES[0], "path": "a.png"}] * 2
+    table = pa.table({"image": images, "label": [0, 1]}).replace_schema_metadata({"huggingface": json.dumps(info)})
+    pq.write_table(table, tmp_path/"x.parquet")
+    with pytest.raises(ValueError, match="where the names of its classes belong, and not a list of words"):
+        import_set(tmp_path, NAMES, tmp_path/"imported")
+
+
 def test_an_import_that_was_stopped_is_not_mistaken(tmp_path, monkeypatch):
     from bridgexfer import imported_sets
     class_folders(tmp_path/"set")

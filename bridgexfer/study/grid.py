@@ -57,6 +57,7 @@ class Profile:
         self.overrides = {k: str(v) for k, v in overrides.items() if v not in (None, "")}
         given = isinstance(profile, Settings)
         self.settings = profile if given else load_settings(profile, path, **self.overrides)
+        self.path = path
         self.root = self.settings.root
         self.runs_dir = self.root/self.settings.runs/self.settings.profile
         self.data_dir = self.root/self.settings.data
@@ -578,11 +579,13 @@ class Cells(Trainings):
         tasks = [(d, a) for d in self.datasets_of("beyond_use") for a in self.archs]
         return {task: self._cells(*task, "beyond") - self._cells(*task, "paper") for task in tasks}
 
-    @property
-    def _tables(self) -> tuple[Path, Path]: # of the whole study, and of a narrowed one
-        "The tables that `make tune` writes."
-        table = f"{self.settings.profile}/tab5_learning_rates.csv"
-        return self.root/self.settings.figures/table, self.root/self.settings.runs/"figures"/table
+    @cached_property
+    def _tables(self) -> tuple[Path, ...]: # what one lacks is looked up in the next
+        "The tables that `make tune` writes: with figures that are set, of the whole study, and of a narrowed one."
+        s, narrowed = self.settings, f"{self.settings.runs}/figures"
+        whole = load_settings(s.profile, self.path).figures if "figures" in self.overrides else s.figures
+        folders = [f for f in (s.figures, whole) if f != narrowed]
+        return tuple(self.root/f/s.profile/"tab5_learning_rates.csv" for f in dict.fromkeys([*folders, narrowed]))
 
 # %% ../../nbs/study/02_grid.ipynb #93b5cb4e
 class Tuned(Cells):
@@ -609,10 +612,9 @@ class Tuned(Cells):
         return {k: a for k, a in axes.items() if k == "lr" or whole and len(a.values) > 1}
 
     @property
-    def tuned_path(self) -> Path: # of the whole study; where there is none, of a narrowed one
+    def tuned_path(self) -> Path: # the first that there is, or where it will be
         "The table that says what was chosen."
-        whole, narrowed = self._tables
-        return narrowed if narrowed.exists() and not whole.exists() else whole
+        return next((path for path in self._tables if path.exists()), self._tables[0])
 
     def choice_path(self, dataset: str, arch: str, name: str, shots: int) -> Path: # name: of a pipeline
         "Where the choices for a cell of the study are."
@@ -1075,8 +1077,8 @@ def command(study: Study, notebook: str, title: str, parameters: dict[str, str],
 
 # %% ../../nbs/study/02_grid.ipynb #269bd952
 def job_command(study: Study, job: Job) -> str:
-    "How papermill runs a job, which draws nothing and finds its learning rates with those of the whole study."
-    inner = {k: v for k, v in study.overrides.items() if k == "offload" or k != "figures" and not is_resource(k)}
+    "How papermill runs a job, with the settings that it reads."
+    inner = {k: v for k, v in study.overrides.items() if k == "offload" or not is_resource(k)}
     return command(study, f"nbs/jobs/{job.rule}.ipynb", job.title, job.parameters, inner)
 
 # %% ../../nbs/study/02_grid.ipynb #e43fe023
