@@ -376,9 +376,7 @@ def finetune(model: nn.Module, # trained in place
             if on_step: on_step(t, step)
         for epoch in range(len(t.curve) + 1, spec.epochs + 1):
             loss, right = train_epoch(t, watch)
-            if not isfinite(loss): raise NonFiniteLoss(
-                f"The loss of {label or model_name(model)} is {loss} in epoch {epoch} of {spec.epochs} "
-                f"at learning rate {spec.lr}: choose a smaller one.")
+            check_finite(loss, label or model_name(model), epoch, spec)
             t.curve.append(dict(epoch=epoch, loss=loss, train_accuracy=right))
             if state and epoch < spec.epochs and time() - saved >= every:
                 save_state(state, t)

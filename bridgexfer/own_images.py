@@ -455,7 +455,7 @@ def compare_own(study: Study, # of `own_study`
 def confusion(outcome: Outcome,
               pipeline: str,
              ) -> np.ndarray: # (C, C) shares; row: true class; column: predicted; rows sum to one
-    "What is taken for what, over all seeds."
+    "The confusion matrix over all seeds."
     from sklearn.metrics import confusion_matrix
     runs = outcome.runs[outcome.runs.pipeline == pipeline]
     true, predicted = (np.concatenate(list(column)) for column in (runs.labels, runs.predictions))
@@ -576,7 +576,7 @@ or in Python, with [timm](https://github.com/huggingface/pytorch-image-models):
 ## Limits
 
 * It knows these classes and no others: an image of something else gets one of their names.
-* The accuracy holds for images like those of the test part; `confusion.png` shows which classes are taken for which.
+* The accuracy holds for images like those of the test part; `confusion.png` shows which classes are confused.
 * A probability is the model's own, and was not calibrated.
 * No licence is given here. Choose one before you publish: it depends on your images, on the backbone's weights and,
   where synthetic images were used, on the model that made them.

@@ -123,7 +123,7 @@ def draw_shares(shares: np.ndarray, # (C, C), from `confusion`
                 title: str,
                 look: Look,
                ) -> plt.Figure:
-    "What is taken for what, as a map."
+    "A confusion matrix as a map."
     few = len(names) <= 12
     size = 3.2 if few else 4.6 # inches
     fig, ax = plt.subplots(figsize=(size, size))
