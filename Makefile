@@ -22,6 +22,7 @@ ARGS     ?= # more for pytest, as in ARGS="-k digits"
 SNAKEMAKE_ARGS ?= # more for snakemake, as in SNAKEMAKE_ARGS="--default-resources slurm_partition=gpu slurm_account=me" or "--dry-run"
 
 STAMP   := .venv/.complete
+PURPOSES := test docs lab
 RUN     := PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH="$(CURDIR)" PYTHONUTF8=1
 # Another Python's surroundings, such as an active conda's, do not reach this one; nor does a locale without UTF-8.
 unexport PYTHONHOME PYTHONPATH PYTHONSTARTUP PYTHONSAFEPATH PYTHONOPTIMIZE PYTHONWARNINGS PYTHONIOENCODING MPLBACKEND
@@ -31,7 +32,9 @@ unexport VIRTUAL_ENV CONDA_PREFIX CONDA_DEFAULT_ENV PIP_USER PIP_TARGET PIP_PREF
 NARROW  := $(strip $(if $(strip $(DATASETS)),datasets="$(strip $(DATASETS))") $(if $(strip $(ARCHS)),archs="$(strip $(ARCHS))") \
   $(if $(strip $(PIPELINES)),pipelines="$(strip $(PIPELINES))") $(if $(strip $(IMAGES)),images="$(strip $(IMAGES))") $(foreach k,$(if $(strip $(SEEDS)),seeds few_seeds sweep_seeds beyond_seeds),$(k)="$(strip $(SEEDS))") $(if $(strip $(SHOTS)),shots="$(strip $(SHOTS))") $(SET))
 CONFIG  := $(if $(strip $(PROFILE)),profile="$(strip $(PROFILE))") $(NARROW)
-WORKFLOW = $(RUN) snakemake --profile profiles/$(strip $(ON))
+# $(call one-of,NAME,words): an error unless each word of the variable NAME is one of some words
+one-of   = $(if $(filter-out $(2),$($(1))),$(error $(1) is one of $(strip $(2)), got '$(strip $($(1)))'))
+WORKFLOW = $(call one-of,ON,$(patsubst profiles/%/,%,$(wildcard profiles/*/)))$(RUN) snakemake --profile profiles/$(strip $(ON))
 WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG)) $(SNAKEMAKE_ARGS)
 
 .PHONY: help env study paper beyond plan provenance tune datasets test test-all fuzz check lab docs docs-serve readme outputs cost bench miniature checkpoints clean
@@ -39,10 +42,10 @@ WITH     = $(if $(strip $(CONFIG)),--config $(CONFIG)) $(SNAKEMAKE_ARGS)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo 'study, paper, plan and tune take PROFILE= DATASETS= ARCHS= PIPELINES= IMAGES= SEEDS= SHOTS= SET=, as in: make study DATASETS=digits SEEDS="0 1" SET=guidance=5'
-	@echo 'study, paper and tune also take ON=, where jobs run: make study PROFILE=paper ON=slurm'
+	@echo 'study, paper, beyond, plan and tune take PROFILE= DATASETS= ARCHS= PIPELINES= IMAGES= SEEDS= SHOTS= SET=, as in: make study DATASETS=digits SEEDS="0 1" SET=guidance=5'
+	@echo 'study, paper, beyond and tune also take ON=, where jobs run: make study PROFILE=paper ON=slurm'
 
-env: $(STAMP) $(patsubst %,.venv/.%,$(filter-out study,$(FOR))) ## the environment in .venv, from requirements.lock; made once, and again when the lock changes
+env: $(STAMP) $(call one-of,FOR,study $(PURPOSES))$(patsubst %,.venv/.%,$(filter-out study,$(FOR))) ## the environment in .venv, from requirements.lock; made once, and again when the lock changes
 
 study: $(STAMP) ## the study's core: Tables 1 and 2, Figures 2, 3 and 10 (25 minutes on two cores)
 	@$(WORKFLOW) study $(WITH)
@@ -110,7 +113,7 @@ cpu_scores           = -p images 898 -p heads 30 -p epochs 20 -p leep_size "2000
 cuda_scores          = $(cpu_scores) -p device cuda
 cpu_growth           = -p per_class "20 200 1000 3000" -p size 512 -p written "200 400 800" -p read "400 800 1600 3200" -p limit 120 \
   -p mapped "10000 50000 100000" -p profiles "miniature evening paper" -p listed "1 3 6" -p listed_size "400 2500" -p scored "2000 6000 20000" -p sources 1000
-bench = @mkdir -p runs/benchmarks && $(RUN) papermill --engine ipc --log-output nbs/benchmarks/$(1).ipynb runs/benchmarks/$(1).ipynb -p out "$(CURDIR)/figures" $($(strip $(DEVICE))_$(1))
+bench = $(call one-of,DEVICE,cpu cuda)@mkdir -p runs/benchmarks && $(RUN) papermill --engine ipc --log-output nbs/benchmarks/$(1).ipynb runs/benchmarks/$(1).ipynb -p out "$(CURDIR)/figures" $($(strip $(DEVICE))_$(1))
 
 cost: override DEVICE = cpu
 cost: $(STAMP) ## time `make study` in a fresh clone of the last commit, see where its time goes, and compare its results with the committed ones (26 minutes)
@@ -151,7 +154,6 @@ clean: ## remove the environment, not the runs
 
 # uv is installed into .uv by pip, pinned by .ci/uv.txt; it makes .venv. A .venv that was never finished is made from scratch.
 # What a command needs is an extra of pyproject.toml, and has a stamp of its own; .venv/.kept lists what does not come from the lock.
-PURPOSES := test docs lab
 INSTALL   = .uv/bin/uv pip install $$quiet --python .venv/bin/python -c requirements.lock
 LOCKED    = $(INSTALL) --require-hashes --excludes .venv/.kept -r pyproject.toml
 QUIET     = set -e; export UV_PYTHON_DOWNLOADS=never; quiet=; [ -t 2 ] || quiet=--quiet

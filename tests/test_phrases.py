@@ -1,4 +1,4 @@
-"""Faults of the known kinds that nobody had listed: each was tried as an outsider would, and mended or seen to hold."""
+"""Faults of the known kinds that nobody had listed: each was tried as an outsider would, and fixed or seen to hold."""
 import json
 import os
 import re
@@ -250,6 +250,21 @@ def test_the_reader_of_json_may_stop(tmp_path):
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], cwd=ROOT, capture_output=True, text=True,
                           stdin=subprocess.DEVNULL)
     assert done.stdout == "{" and done.returncode in (1, 141) and not done.stderr
+
+
+# ---- words that make alone reads
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["study", "ON=nowhere"], "ON is one of local slurm, got 'nowhere'"),
+    (["env", "FOR=test doc"], "FOR is one of study test docs lab, got 'test doc'"),
+    (["bench", "DEVICE=gpu"], "DEVICE is one of cpu cuda, got 'gpu'")])
+def test_a_word_that_make_does_not_know_is_rejected(words, said):
+    "A device of no name was measured with the parameters of a test, and took the place of the committed table."
+    make = ["make", "-n", "-o", ".venv/.complete"]
+    done = subprocess.run([*make, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and not done.stdout
+    known = [re.sub("=.*", "=" + said.split()[4], word) for word in words] # the second one that is listed
+    assert subprocess.run([*make, *known], cwd=ROOT, capture_output=True).returncode == 0
 
 
 # ---- every narrowing that `make help` offers
