@@ -260,7 +260,7 @@ def test_the_reader_of_json_may_stop(tmp_path):
     (["bench", "DEVICE=gpu"], "DEVICE is one of cpu cuda, got 'gpu'")])
 def test_a_word_that_make_does_not_know_is_rejected(words, said):
     "A device of no name was measured with the parameters of a test, and took the place of the committed table."
-    make = ["make", "-n", "-o", ".venv/.complete"]
+    make = ["make", "-n", "--no-print-directory", "-o", ".venv/.complete"]
     done = subprocess.run([*make, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr and not done.stdout
     known = [re.sub("=.*", "=" + said.split()[4], word) for word in words] # the second one that is listed

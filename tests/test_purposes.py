@@ -28,6 +28,7 @@ def bare(tmp_path):
     for path in ("Makefile", "requirements.lock", "pyproject.toml", ".ci/uv.txt", ".ci/kept.py"):
         (tmp_path/path).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT/path, tmp_path/path)
+    shutil.copytree(ROOT/"profiles", tmp_path/"profiles")
     (tmp_path/".uv/bin").mkdir(parents=True)
     shutil.copy(ROOT/".ci/uv.txt", tmp_path/".uv/uv.txt")
     uv = tmp_path/".uv/bin/uv"
