@@ -417,7 +417,7 @@ def whole_seeds(records: list[dict], # in the order of runs; the last may be mis
     whole = len(records) - len(records) % len(PIPELINES_COMPARED)
     if not whole: raise ValueError(TOO_LITTLE)
     if whole < len(runs):
-        log.warning("Warning: the time was over after %s of %s runs: the same command with a new --out goes on.",
+        log.warning("Warning: the time was over after %s of %s runs: the same command with a new --out resumes.",
                     whole, len(runs))
     return records[:whole], runs[:whole]
 

@@ -180,7 +180,7 @@ def test_only_whole_seeds_are_compared_and_it_is_said_how_many(caplog):
     runs = list("abcdef")
     assert whole_seeds([1, 2, 3], runs) == ([1, 2], ["a", "b"])
     [said] = caplog.messages
-    assert said == "Warning: the time was over after 2 of 6 runs: the same command with a new --out goes on."
+    assert said == "Warning: the time was over after 2 of 6 runs: the same command with a new --out resumes."
     caplog.clear()
     assert whole_seeds([1, 2, 3, 4, 5, 6], runs)[1] == runs and not caplog.messages
     with pytest.raises(ValueError, match="give more --hours"): whole_seeds([1], runs)

@@ -70,7 +70,9 @@ def test_passes_are_those_of_the_values_that_were_chosen(tmp_path):
     assert passes("mixed") == (40 * 3 + 600) * 20
     assert passes("bridged_pp") == 600 * 30 + 40 * 60
     assert passes("vanilla_long") == 40 * (60 + 30 * 15) # as much compute as bridged++ has
-    assert passes("bridged") == 600 * 10 + 40 * 60 # has no row: where its search begins
+    assert passes("bridged") == 600 * 10 + 40 * 60 # has no row there: the committed one
+    unsearched = Study("evening") # has no table: a plan counts with where the search begins
+    assert unsearched.expected("pets", "resnet18", Run("mixed", 4, 0)) == unsearched.start("mixed", 4)
 
 
 def test_bridges_are_trained_once_for_each_kind():
